@@ -1,0 +1,32 @@
+# Sourced by the scripts of this folder, from the project's root. Makes .venv with rdtrain and everything it needs, once, in the
+# exact versions of constraints.txt (a finished set-up leaves a stamp, so the next start takes no time), and defines `launch`.
+
+stamp=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat .venv/rdtrain-stamp 2>/dev/null)" != "$stamp" ]; then
+    echo "== set-up: .venv"
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "rdtrain needs Python >= 3.11, and $python is $("$python" --version 2>&1): set PYTHON to a newer one" >&2
+        exit 2
+    }
+    "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+    echo "$stamp" > .venv/rdtrain-stamp
+fi
+PATH="$PWD/.venv/bin:$PATH"
+
+# launch CONFIG SETTINGS...: train a config of the quickstart on all GPUs (a power of two, one process each) or, where there is none,
+# in two CPU processes that share the cores.
+launch() {
+    local gpus processes port
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    processes=2
+    if [ "$gpus" -gt 0 ]; then
+        for processes in 16 8 4 2 1; do [ "$processes" -gt "$gpus" ] || break; done
+    else
+        export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
+    fi
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    deepspeed --num_gpus "$processes" --master_port "$port" -- launch/train.py --config "$1" \
+        batch.micro_sequences=$((16 / processes)) "${@:2}"
+}

@@ -1,0 +1,1 @@
+"""rdtrain: recurrent-depth language models, trained as denoising blocks."""

@@ -1,0 +1,156 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+    checkpoints/step-00000200/
+      state.json         step, seconds trained, model, objective, tokenizer hash, ranks: what a loader checks first
+      model.safetensors  the weights, once, in the dtype they train in; what `rdtrain export` reads
+      engine files       weights and optimizer state as the engine keeps them, a part from each rank
+      random-RANK.pt     the rank's torch generators
+
+A checkpoint is written under a temporary name and renamed when every rank has finished, so one that can be seen is whole, and a
+failed save leaves the one before it untouched.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .distributed import World
+from .engine import Engine
+from .errors import UserError
+from .model.recurrent import ModelConfig, RecurrentDepthLM
+
+
+@dataclass
+class CheckpointSettings:
+    """When the state is saved, and what a new run starts from.
+
+    interval: steps between two checkpoints; the last step is always saved.
+    keep: how many of the newest stay on disk.
+    start_from: a checkpoint folder whose weights a new run begins with; empty for none.
+    """
+
+    interval: int = 500
+    keep: int = 2
+    start_from: str = ""
+
+    def __post_init__(self):
+        """ValueError for checkpoints that never come or never stay."""
+        if self.interval < 1 or self.keep < 1:
+            raise ValueError("interval and keep must be at least 1")
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_steps(run_folder: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order."""
+    return sorted(int(path.parent.name.split("-")[1]) for path in run_folder.glob("checkpoints/step-*/state.json"))
+
+
+def save_checkpoint(run_folder: Path, state: dict, engine: Engine, keep: int, world: World) -> Path:
+    """Save on all ranks, rename, and drop all but the newest `keep`. Returns the checkpoint's folder.
+
+    state must hold `step`. UserError when a file cannot be written, on the ranks where it cannot; the half-written folder is
+    removed.
+    """
+    target = checkpoint_folder(run_folder, state["step"])
+    temporary = target.with_name(f".{target.name}.saving")
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    try:
+        engine.save(temporary)
+        torch.save(_random_state(world), temporary / f"random-{world.rank}.pt")
+        if world.is_main:
+            save_file({name: tensor.contiguous() for name, tensor in engine.model.state_dict().items()}, temporary / "model.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        steps = checkpoint_steps(run_folder)
+        kept = f"the last whole one is of step {steps[-1]}" if steps else "there is none before it"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the checkpoint of step {state['step']} could not be written to {target.parent} ({reason}), and {kept}: free some disk "
+            "space there and start the same command again to continue",
+            everywhere=False,
+        ) from error
+    world.barrier()
+    if world.is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        for step in checkpoint_steps(run_folder)[:-keep]:
+            shutil.rmtree(checkpoint_folder(run_folder, step))
+    return target
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint. UserError when the folder is not one."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise UserError(
+            f"{folder} is not an rdtrain checkpoint (no readable state.json): give a folder such as RUN/checkpoints/step-00000100"
+        ) from None
+
+
+def refuse_other_model(folder: Path, config: ModelConfig) -> None:
+    """UserError when the checkpoint in `folder` is of another model than `config`."""
+    theirs, ours = read_state(folder)["model"], dataclasses.asdict(config)
+    for name in ours:
+        if theirs.get(name) != ours[name]:
+            raise UserError(
+                f"checkpoint {folder} is of another model ({name} is {theirs.get(name)} there and {ours[name]} here): "
+                "start from a checkpoint of this model, or change the config to match"
+            )
+
+
+def load_weights(folder: Path, model: RecurrentDepthLM) -> None:
+    """Load model.safetensors of a checkpoint. UserError when it is of another model, or damaged."""
+    refuse_other_model(folder, model.config)
+    path = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be loaded ({reason}): the file is damaged or missing; use another checkpoint") from None
+
+
+def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict:
+    """Restore engine and generators on every rank; returns the state. UserError when the checkpoint does not fit the run."""
+    state = read_state(folder)
+    refuse_other_model(folder, engine.model.config)
+    if state["ranks"] != world.size:
+        raise UserError(
+            f"checkpoint {folder} was written by {state['ranks']} ranks and this run has {world.size}: start it with "
+            f"{state['ranks']} processes"
+        )
+    try:
+        engine.load(folder)
+        random_state = torch.load(folder / f"random-{world.rank}.pt", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"checkpoint {folder} cannot be loaded ({reason}): it is damaged; delete that folder to continue from the one before",
+            everywhere=False,
+        ) from error
+    torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"])
+    return state
+
+
+def _random_state(world: World) -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state

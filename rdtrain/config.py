@@ -1,0 +1,206 @@
+"""Every setting of a run: typed dataclasses, a YAML file, and `section.key=value` on the command line.
+
+Each section's dataclass sits beside the code that it configures; this file composes them, and turns whatever is wrong with a
+config into one sentence before any work starts. A file may name another as its `base` and then says only what differs.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .checkpoint import CheckpointSettings
+from .engine import EngineSettings
+from .errors import UserError
+from .evaluation import EvaluationSettings
+from .metrics import LoggingSettings
+from .model.noise import NoiseSettings
+from .model.recurrent import ModelSettings
+from .objectives import ObjectiveSettings
+from .optimization import OptimizerSettings, ScheduleSettings
+
+
+@dataclass
+class RunSettings:
+    """Where the run lives and what it is called.
+
+    folder: everything the run writes goes here; starting again with the same config continues the run.
+    name: the arm's name in reports.
+    seed: of initialisation, sample order and noise.
+    """
+
+    folder: str = "runs/run"
+    name: str = "run"
+    seed: int = 0
+
+    def __post_init__(self):
+        """ValueError for a negative seed."""
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, and it is {self.seed}")
+
+
+@dataclass
+class DataSettings:
+    """What is read.
+
+    train, validation: folders written by `rdtrain shard`.
+    sequence_length: T, predicted tokens of a sequence.
+    """
+
+    train: str = "data/shards/train"
+    validation: str = "data/shards/validation"
+    sequence_length: int = 512
+
+    def __post_init__(self):
+        """ValueError for a sequence without tokens."""
+        if self.sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1, and it is {self.sequence_length}")
+
+
+@dataclass
+class BatchSettings:
+    """How many sequences a step sees; accumulation follows from the number of ranks.
+
+    global_sequences: sequences of one optimizer step, over all ranks.
+    micro_sequences: sequences that one rank holds at a time.
+    """
+
+    global_sequences: int = 64
+    micro_sequences: int = 8
+
+    def __post_init__(self):
+        """ValueError for an empty batch."""
+        if self.global_sequences < 1 or self.micro_sequences < 1:
+            raise ValueError("global_sequences and micro_sequences must be at least 1")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank per step. UserError when the global batch cannot be shared evenly."""
+        share = self.micro_sequences * world_size
+        if self.global_sequences % share:
+            raise UserError(
+                f"batch.global_sequences={self.global_sequences} is not a multiple of batch.micro_sequences="
+                f"{self.micro_sequences} times {world_size} ranks: choose a multiple of {share}"
+            )
+        return self.global_sequences // share
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=lambda: ScheduleSettings(steps=1000))
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    def result_settings(self) -> dict:
+        """The sections that decide what is computed; a run continues only where these are unchanged."""
+        sections = ("data", "model", "objective", "noise", "batch", "optimizer", "schedule", "engine")
+        return {name: dataclasses.asdict(getattr(self, name)) for name in sections} | {"seed": self.run.seed}
+
+
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """A config from a YAML file (or the defaults) and `section.key=value` overrides. UserError for anything wrong with them."""
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return _build(Config, tree, "", str(path) if path is not None else "the command line")
+
+
+def config_to_yaml(config: Config) -> str:
+    """The whole config, defaults included, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads 3e-4 as a string (YAML 1.1); this reads it as the number that everybody means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    if path.resolve() in seen:
+        raise UserError(f"config {path} is its own base: remove the circle of `base:` lines")
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist: give the path of a YAML file, for example configs/quickstart.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read ({error}): give the path of a YAML text file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} must hold sections such as `model:`, and it holds a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _merge(under: dict, over: dict) -> dict:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or len(keys) != 2 or not all(keys):
+        raise UserError(f"override '{override}' is not of the form section.key=value, for example optimizer.learning_rate=3e-4")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        value = text
+    section = tree.setdefault(keys[0], {})
+    if not isinstance(section, dict):
+        raise UserError(f"override '{override}' names a section, but '{keys[0]}' is a plain value in the config file")
+    section[keys[1]] = value
+
+
+def _build(kind: type, tree: dict, prefix: str, origin: str) -> Any:
+    """An instance of a dataclass from a tree of plain values; types are strict (no "4" for 4, no 4.0 for 4, no 1 for true)."""
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    values = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{prefix}{close[0]}'?" if close else f"the keys there are {', '.join(fields)}"
+            raise UserError(f"unknown key '{name}' in {origin}: {hint}")
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"'{name}' in {origin} must be a section with keys below it, and it is {value!r}")
+            values[key] = _build(fields[key], value, f"{name}.", origin)
+            continue
+        try:
+            values[key] = TypeAdapter(fields[key], config={"strict": True, "allow_inf_nan": False}).validate_python(value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise UserError(f"'{name}' in {origin} is of the wrong type: {message[0].lower()}{message[1:]}, and it is {value!r}") from None
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"'{prefix.rstrip('.')}' in {origin} is impossible: {error}") from None

@@ -1,0 +1,151 @@
+"""Which tokens are trained on in which step: a function of (seed, step) alone, so there is no position to save.
+
+The token stream is cut into windows of `sequence_length` + 1 tokens, window i starting at token i * sequence_length, across
+documents. Sample number n of a run (0, 1, 2, ...) is place n % windows of epoch n // windows; each epoch visits each window once,
+in an order of its own. Step s trains on samples s * global_batch .. (s + 1) * global_batch - 1, whatever the number of ranks, so
+a run may go on with another number of ranks or another micro-batch.
+
+Notable: single reads from shards are slow and long ones fast, so the order has two levels, both by arithmetic (no table, no
+state): blocks of 64 neighbouring windows are permuted, then the windows of 16 consecutive blocks are. Two times 16 blocks are
+kept in memory.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .shards import ShardReader
+
+BLOCK_WINDOWS = 64
+BUFFER_BLOCKS = 16
+FEISTEL_ROUNDS = 6
+
+
+class SampleOrder:
+    """A permutation of the windows 0 .. samples - 1 for each epoch, computed in O(1) time and memory for each place.
+
+    The blocks of `block` neighbouring windows come in permuted order, but for a shorter last one, which stays last; then the
+    windows of each `buffer_blocks` consecutive blocks are permuted among themselves.
+    """
+
+    def __init__(self, samples: int, seed: int, block: int = BLOCK_WINDOWS, buffer_blocks: int = BUFFER_BLOCKS):
+        """samples, block and buffer_blocks are at least 1 (ValueError otherwise); seed is any integer from 0 to 2**64 - 1."""
+        if min(samples, block, buffer_blocks) < 1:
+            raise ValueError(f"samples {samples}, block {block} and buffer_blocks {buffer_blocks} must be at least 1")
+        self.samples = samples
+        self.seed = seed
+        self.block = block
+        self.buffer = block * buffer_blocks
+
+    def window(self, epoch: int, place: int) -> int:
+        """The window at `place` (0 .. samples - 1) of `epoch` (0, 1, 2, ...)."""
+        return int(self.windows(np.array([epoch]), np.array([place]))[0])
+
+    def windows(self, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The windows [N], int64, at `places` [N] (0 .. samples - 1 each) of `epochs` [N]."""
+        keys = _mix(np.uint64(self.seed) + _mix(epochs.astype(np.uint64)))
+        buffers, places = np.divmod(places.astype(np.int64), self.buffer)
+        sizes = np.minimum(self.samples - buffers * self.buffer, self.buffer)
+        places = buffers * self.buffer + _permute(places, sizes, _mix(keys + np.uint64(1)) + buffers.astype(np.uint64))
+        slots, offsets = np.divmod(places, self.block)
+        full_blocks = np.full_like(slots, self.samples // self.block)
+        blocks = np.where(slots < full_blocks, _permute(np.minimum(slots, full_blocks - 1), full_blocks, keys), slots)
+        return blocks * self.block + offsets
+
+
+class Loader:
+    """Batches of token windows out of shards, in the order of `SampleOrder`.
+
+    Attributes: sequence_length (T), samples_per_epoch (windows in the shards), order.
+    """
+
+    def __init__(self, reader: ShardReader, sequence_length: int, seed: int):
+        """UserError when the shards hold fewer than sequence_length + 1 tokens."""
+        self.reader = reader
+        self.sequence_length = sequence_length
+        self.samples_per_epoch = _count_windows(reader, sequence_length)
+        self.order = SampleOrder(self.samples_per_epoch, seed)
+        # two buffers: a batch may end in one and begin in the other
+        self._block = functools.lru_cache(maxsize=2 * BUFFER_BLOCKS)(self._read_block)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """The windows of the global samples `indices` (a range or a list of B numbers from 0): int64 [B, sequence_length + 1].
+
+        The inputs are [:, :-1] and the targets [:, 1:]. UserError when a shard is damaged.
+        """
+        epochs, places = np.divmod(np.asarray(indices, np.int64), self.samples_per_epoch)
+        rows = np.empty((len(places), self.sequence_length + 1), np.int64)
+        for row, window in zip(rows, self.order.windows(epochs, places)):
+            block, offset = divmod(int(window), BLOCK_WINDOWS)
+            start = offset * self.sequence_length
+            row[:] = self._block(block)[start:start + self.sequence_length + 1]
+        return torch.from_numpy(rows)
+
+    def _read_block(self, block: int) -> np.ndarray:
+        start = block * BLOCK_WINDOWS * self.sequence_length
+        stop = start + BLOCK_WINDOWS * self.sequence_length + 1
+        return self.reader.read(start, min(stop, len(self.reader)))
+
+
+def rank_indices(step: int, global_batch: int, world_size: int, rank: int, micro_batch: int) -> list[range]:
+    """The global samples that `rank` trains on in `step`: a range of `micro_batch` for each micro-step of gradient accumulation.
+
+    Micro-step m of rank r takes the micro_batch samples from step * global_batch + (m * world_size + r) * micro_batch on;
+    together all ranks and micro-steps take the step's global_batch samples once each. UserError when the sizes do not divide.
+    """
+    if min(global_batch, world_size, micro_batch) < 1 or global_batch % (world_size * micro_batch):
+        raise UserError(f"a global batch of {global_batch} cannot be shared by {world_size} ranks in micro-batches of "
+                        f"{micro_batch}; make it a multiple of {world_size * micro_batch}")
+    first = step * global_batch + rank * micro_batch
+    stride = world_size * micro_batch
+    return [range(start, start + micro_batch) for start in range(first, (step + 1) * global_batch, stride)]
+
+
+def validation_windows(reader: ShardReader, sequence_length: int, count: int) -> Tensor:
+    """The first `count` windows in their order, or all when there are fewer, each once: int64 [N, sequence_length + 1].
+
+    UserError when the shards hold fewer than sequence_length + 1 tokens.
+    """
+    windows = min(count, _count_windows(reader, sequence_length))
+    tokens = reader.read(0, windows * sequence_length + 1).astype(np.int64)
+    return torch.from_numpy(tokens).unfold(0, sequence_length + 1, sequence_length).contiguous()
+
+
+def _count_windows(reader: ShardReader, sequence_length: int) -> int:
+    if len(reader) <= sequence_length:
+        raise UserError(f"{reader.path} holds {len(reader)} tokens, fewer than one window of {sequence_length} + 1; give more "
+                        "text or a shorter sequence length")
+    return (len(reader) - 1) // sequence_length
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """Scatters 64-bit numbers: the output function of SplitMix64 (Steele, Lea and Flood 2014)."""
+    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def _permute(places: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Each place's image under a pseudo-random permutation of 0 .. size - 1 that its key picks; [N] each, places and sizes int64.
+
+    A Feistel network permutes the numbers of an even number of bits, as few as hold `size` - 1. An image outside is permuted
+    again until it falls inside (cycle walking), which is a permutation still. A place outside (-1 among 0) is its own image.
+    """
+    half_bits = ((np.frexp(np.maximum(sizes - 1, 1))[1] + 1) // 2).astype(np.uint64)
+    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    images = places.copy()
+    walking = np.flatnonzero(places >= 0)
+    while len(walking):
+        bits, mask, key = half_bits[walking], half_mask[walking], keys[walking]
+        numbers = images[walking].astype(np.uint64)
+        left, right = numbers >> bits, numbers & mask
+        for number in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (_mix(right ^ _mix(key + np.uint64(number))) & mask)
+        images[walking] = ((left << bits) | right).astype(np.int64)
+        walking = walking[images[walking] >= sizes[walking]]
+    return images

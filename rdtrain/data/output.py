@@ -1,0 +1,47 @@
+"""Folders that are whole or absent: written under a temporary name beside the target, then renamed.
+
+Notable: only a folder that bears the writer's own marker file is ever replaced, so a mistyped output path with `overwrite` cannot
+delete somebody's home. The old folder stays until the new one is complete.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+
+@contextmanager
+def output_folder(output: Path, marker: str, overwrite: bool) -> Iterator[Path]:
+    """Yields a new empty folder that becomes `output` when the block ends well and is deleted when it does not.
+
+    marker: the file that the caller writes into every such folder; a folder without it is not replaced, whatever `overwrite`
+    says. An empty folder counts as absent.
+    Raises UserError when `output` exists and may not be replaced, and for every OSError inside the block, which is to do nothing
+    but write (reading of the user's files raises UserErrors of its own).
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise UserError(f"{output} exists already; choose another output or ask to overwrite it")
+        if not (output / marker).is_file():
+            raise UserError(f"{output} holds no {marker}, so it is not an earlier output of this command and is not replaced; "
+                            "choose another output")
+    target = output.absolute()
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    replaced = target.parent / f".{target.name}.{os.getpid()}.replaced"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same number
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists() and any(target.iterdir()):
+            target.rename(replaced)
+        partial.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write {output} ({reason}); make room there or choose another output") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

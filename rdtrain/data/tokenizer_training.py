@@ -1,0 +1,94 @@
+"""Trains a tokenizer: byte-pair encoding by SentencePiece, without any normalisation, each byte a piece of its own.
+
+    tokenizer.model    the SentencePiece model, which is all that `rdtrain.model.tokenizer.Tokenizer` needs
+    training.json      what it was trained on, and with what
+
+Notable: training reads a sample of lines, drawn evenly from the whole input with a fixed seed, since byte-pair encoding gains
+nothing from more text and its time grows with it. The same input and SentencePiece version give the same model.
+"""
+
+import heapq
+import io
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from ..errors import UserError
+from ..model.tokenizer import Tokenizer
+from .output import output_folder
+from .sources import list_files, read_documents
+
+SMALLEST_VOCABULARY = 512  # 256 bytes, three marks, and some pieces
+LONGEST_LINE = 1000  # characters; SentencePiece ignores lines longer than 4192 bytes, and a character has at most four
+SAMPLE_BYTES = 32 << 20
+
+
+def train_tokenizer(inputs: list[Path], output: Path, vocab_size: int, overwrite: bool = False, max_bytes: int = SAMPLE_BYTES,
+                    column: str = "text") -> Tokenizer:
+    """Trains a tokenizer of `vocab_size` pieces on the documents of `inputs` and writes it to the folder `output`.
+
+    inputs: files, folders or patterns as `rdtrain.data.sources.list_files` takes them; column: the text's name in JSON and
+    Parquet.
+    max_bytes: how much text (UTF-8) is learned from at most; all of it is read.
+    Ids: 0 unknown (never produced), 1 `<s>`, 2 `</s>`, then the 256 bytes, then learned pieces. Digits are always single.
+    Raises UserError for a vocabulary that is too small or that the text is too short for, for inputs that cannot be read, an
+    existing output, and a disk that refuses.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"a vocabulary of {vocab_size} is too small; ask for {SMALLEST_VOCABULARY} at least")
+    files = list_files(inputs)
+    with output_folder(output, "training.json", overwrite) as folder:
+        lines = sample_lines(read_documents(files, column), max_bytes)
+        (folder / "tokenizer.model").write_bytes(_train(lines, vocab_size))
+        tokenizer = Tokenizer(folder)
+        facts = {"vocab_size": vocab_size, "hash": tokenizer.hash, "sentencepiece": sentencepiece.__version__,
+                 "learned_from_bytes": sum(len(line.encode()) for line in lines),
+                 "inputs": [{"name": file.name, "bytes": file.stat().st_size} for file in files]}
+        (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return Tokenizer(output)
+
+
+def sample_lines(documents: Iterable[str], max_bytes: int) -> list[str]:
+    """Lines of the documents, in their order, of at most `max_bytes` UTF-8 bytes together, each line as likely as any other.
+
+    Long lines are cut. Memory holds the sample only: the lines with the lowest random numbers so far.
+    """
+    draw = random.Random(0)
+    sample: list[tuple[float, int, str]] = []  # a heap with the highest number, negated, on top
+    size = 0
+    for number, line in enumerate(_lines(documents)):
+        heapq.heappush(sample, (-draw.random(), number, line))
+        size += len(line.encode())
+        while size > max_bytes:
+            size -= len(heapq.heappop(sample)[2].encode())
+    return [line for _, _, line in sorted(sample, key=lambda item: item[1])]
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        for line in document.split("\n"):
+            for start in range(0, len(line), LONGEST_LINE):
+                yield line[start:start + LONGEST_LINE]
+
+
+def _train(lines: list[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        if limit := re.search(r"too high .* value <= (\d+)", str(error)):
+            raise UserError(f"a vocabulary of {vocab_size} is too large for this text; ask for {limit[1]} at most or give more "
+                            "text") from None
+        if need := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise UserError(f"a vocabulary of {vocab_size} is too small for this text's characters; ask for more than "
+                            f"{need[1]}") from None
+        raise
+    return model.getvalue()

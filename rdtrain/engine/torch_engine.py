@@ -1,0 +1,52 @@
+"""Plain PyTorch in one process: the engine that every other is measured against."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..model.recurrent import RecurrentDepthLM
+from ..objectives import Loss, Objective
+from ..optimization import OptimizerSettings, build_optimizer
+from .base import Engine, MicroBatch, TrainingModule
+
+
+class TorchEngine(Engine):
+    """bf16 means autocast here: weights stay fp32."""
+
+    def __init__(self, model: RecurrentDepthLM, objective: Objective, optimizer: OptimizerSettings, accumulation: int,
+                 device: torch.device, dtype: torch.dtype):
+        """accumulation: micro-batches per step."""
+        self.model = model.to(device)
+        self._module = TrainingModule(self.model, objective)
+        self._optimizer = build_optimizer(model, optimizer)
+        self._clipping = optimizer.gradient_clipping or float("inf")
+        self._accumulation = accumulation
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self._norm = 0.0
+
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> list[Loss]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses = []
+        for tokens, random in micro_batches:
+            with self.autocast:
+                loss = self._module(tokens, random)
+            (loss.value / self._accumulation).backward()
+            losses.append(loss)
+        self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clipping)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return losses
+
+    def gradient_norm(self) -> float:
+        return float(self._norm)
+
+    def save(self, folder: Path) -> None:
+        torch.save({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "torch.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "torch.pt", map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])

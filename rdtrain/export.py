@@ -1,0 +1,112 @@
+"""From a checkpoint to a folder that generates text on its own.
+
+    OUTPUT/
+      config.json         model, noise levels, dtype, tokenizer hash, training facts
+      model.safetensors   the weights
+      tokenizer.model     the tokenizer
+      *.py                rdtrain/model, byte for byte: `python OUTPUT --prompt TEXT` runs it
+      README.md           what it is and how it was trained
+
+The export is called done only when the folder's own code, loaded apart from rdtrain, has computed the same logits as the training
+model, bit for bit.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from .checkpoint import checkpoint_folder, checkpoint_steps, load_weights, read_state
+from .data.output import output_folder
+from .errors import UserError
+from .model import recurrent
+from .model.noise import NoiseSettings
+from .objectives import ObjectiveSettings, build_objective
+from .randomness import SampleRandom
+
+MODEL_FILES = Path(recurrent.__file__).parent
+
+
+def export(source: Path, output: Path, overwrite: bool = False) -> None:
+    """Export a checkpoint folder, or the newest checkpoint of a run folder.
+
+    Raises UserError when there is no checkpoint, when it is damaged, or when `output` exists and overwrite is not set.
+    """
+    if not (source / "state.json").exists():
+        steps = checkpoint_steps(source)
+        if not steps:
+            raise UserError(f"{source} holds no checkpoint: give a run folder that has trained, or one of its checkpoints/step-* folders")
+        source = checkpoint_folder(source, steps[-1])
+    state = read_state(source)
+    model = recurrent.RecurrentDepthLM(recurrent.ModelConfig(**state["model"]))
+    dtype = getattr(torch, state["precision"])
+    load_weights(source, model.to(dtype))
+    shards = Path(state["config"]["data"]["train"])
+    with output_folder(output, "config.json", overwrite) as folder:
+        for file in sorted(MODEL_FILES.glob("*.py")):
+            shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+        shutil.copyfile(shards / "tokenizer.model", folder / "tokenizer.model")
+        config = {
+            "format": 1,
+            "model": state["model"],
+            "noise": state["noise"],
+            "objective": state["objective"],
+            "dtype": state["precision"],
+            "tokenizer_hash": state["tokenizer_hash"],
+            "trained_steps": state["step"],
+            "trained_tokens": state["step"] * state["tokens_per_step"],
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "README.md").write_text(_model_card(config, state))
+        _verify(folder, model)
+    print(f"{output}: exported from {source}; its own code gives the training model's logits bit for bit")
+
+
+def _verify(folder: Path, model: recurrent.RecurrentDepthLM) -> None:
+    """AssertionError when the folder's own code and files do not compute what the training model does."""
+    generation = load_exported(folder)
+    exported = generation.TextGenerator.load(folder, device="cpu")
+    ids = torch.randint(model.config.vocabulary_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    name = "diffusion_blocks" if model.config.noise_conditioning else "bptt"
+    objective = build_objective(ObjectiveSettings(name), NoiseSettings(), iterations=2)
+    with torch.no_grad():
+        ours, theirs = (
+            objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)
+        )
+    assert torch.equal(ours, theirs), f"the exported model in {folder} computes other logits than the training model"
+
+
+def load_exported(folder: Path):
+    """The `generation` module of an exported folder, as a package of its own that knows nothing of rdtrain."""
+    name = "rdtrain_exported"
+    for loaded in [module for module in sys.modules if module.split(".")[0] == name]:
+        del sys.modules[loaded]
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{name}.generation")
+
+
+def _model_card(config: dict, state: dict) -> str:
+    model, objective = config["model"], config["objective"]["name"]
+    trained = (
+        "Each iteration was trained on its own as a denoising block, in a single pass (DiffusionBlocks, arXiv 2506.14202)."
+        if objective == "diffusion_blocks"
+        else "It was trained by backpropagation through "
+        f"{config['objective']['trained_iterations']} iterations after {config['objective']['free_iterations']} without gradient."
+    )
+    return f"""# {state['name']}
+
+A recurrent-depth language model made with rdtrain: {model['prelude_layers']} prelude, {model['core_layers']} core and
+{model['coda_layers']} coda layers of width {model['width']}, {state['parameters']:,} parameters, vocabulary {model['vocabulary_size']:,};
+the core runs K = {model['iterations']} times a token. {trained}
+
+Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} tokens, in {config['dtype']}.
+
+    python FOLDER --prompt "Once" --max-new-tokens 100 --iterations {model['iterations']}
+
+needs torch, safetensors and sentencepiece; `python FOLDER --help` lists the settings.
+"""

@@ -1,0 +1,37 @@
+"""Counts of floating-point operations, honest about recurrence.
+
+Conventions: a multiply-add is two operations; attention is counted over all T positions of a sequence (as torch's FlopCounterMode
+counts it), although a causal kernel may skip half; norms, activations and the softmax are left out; a backward pass costs twice
+its forward pass, so a part that carries gradient counts three times and one that runs without gradient counts once.
+"""
+
+from dataclasses import dataclass
+
+from .model.recurrent import CONDITIONING_WIDTH, ModelConfig
+
+
+@dataclass
+class ForwardFlops:
+    """Operations of one forward pass per token, for each method of the model."""
+
+    prelude: float
+    iterate: float
+    readout: float
+    condition: float
+    """The noise embedding and every layer's modulation, for one noise level per sequence."""
+
+
+def forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
+    """Operations per token of one pass over sequences of `sequence_length` tokens."""
+    width = config.width
+    layer = 2 * (4 * width**2 + 3 * width * config.mlp_width) + 4 * sequence_length * width
+    condition = 0
+    if config.noise_conditioning:
+        modulated = config.core_layers + config.coda_layers
+        condition = 2 * (2 * CONDITIONING_WIDTH**2 + modulated * CONDITIONING_WIDTH * 4 * width) / sequence_length
+    return ForwardFlops(
+        prelude=config.prelude_layers * layer,
+        iterate=2 * (2 * width) * width + config.core_layers * layer,
+        readout=config.coda_layers * layer + 2 * width * config.vocabulary_size,
+        condition=condition,
+    )

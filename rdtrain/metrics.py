@@ -1,0 +1,131 @@
+"""Where the numbers of a run go: metrics.jsonl always, wandb with one setting.
+
+A record is one JSON object a line, with its step. When a run continues from a checkpoint, records of later steps are dropped
+first, so that the file reads as if nothing had happened.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .distributed import World
+from .errors import UserError
+
+
+@dataclass
+class LoggingSettings:
+    """What is logged, and how often.
+
+    interval: steps between two records.
+    wandb: `disabled`, `offline` (a run folder that `wandb sync` uploads later) or `online`.
+    wandb_project: the project's name there.
+    """
+
+    interval: int = 10
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "rdtrain"
+
+    def __post_init__(self):
+        """ValueError for an interval without steps."""
+        if self.interval < 1:
+            raise ValueError(f"interval must be at least 1, and it is {self.interval}")
+
+
+class MetricLogger:
+    """Writes records on rank 0; on other ranks it does nothing."""
+
+    def __init__(self, folder: Path, settings: LoggingSettings, config: dict, name: str, world: World, resume_step: int):
+        """resume_step: records of later steps are dropped. UserError when wandb is asked for and cannot start."""
+        self._file = self._wandb = None
+        if not world.is_main:
+            return
+        path = folder / "metrics.jsonl"
+        kept = [json.dumps(record) for record in read_metrics(path) if record["step"] <= resume_step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        if settings.wandb != "disabled":
+            self._wandb = _start_wandb(folder, settings, config, name)
+
+    def log(self, record: dict) -> None:
+        """Append one record; it must hold `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in _flat(record).items() if value is not None}, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the file and the wandb run."""
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All whole records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricSums:
+    """Adds up the (sums, counts) of losses over micro-batches, and divides once at the end, over all ranks."""
+
+    def __init__(self):
+        self._totals: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Add one micro-batch's metrics, without waiting for the device."""
+        for name, (sums, counts) in metrics.items():
+            before = self._totals.get(name, (0, 0))
+            self._totals[name] = (before[0] + sums, before[1] + counts)
+
+    def means(self, world: World) -> dict[str, float | list[float | None]]:
+        """The means over everything added on all ranks, None where nothing was counted; starts anew. A collective call."""
+        result = {}
+        for name, (sums, counts) in self._totals.items():
+            sums, counts = world.sum(torch.stack((sums, counts)).double()).tolist()
+            if isinstance(sums, float):
+                result[name] = sums / counts if counts else None
+            else:
+                result[name] = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
+        self._totals.clear()
+        return result
+
+
+def _start_wandb(folder: Path, settings: LoggingSettings, config: dict, name: str):
+    import wandb
+
+    try:
+        return wandb.init(
+            project=settings.wandb_project, name=name, dir=str(folder), mode=settings.wandb, config=config,
+            settings=wandb.Settings(console="off"),
+        )
+    except (wandb.errors.Error, OSError) as error:
+        raise UserError(
+            f"wandb could not start ({' '.join(str(error).split())}): run `wandb login`, or set logging.wandb=offline or disabled"
+        ) from None
+
+
+def _flat(record: dict) -> dict:
+    """Lists become one number an element: loss_by_iteration/01 and so on."""
+    flat = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            flat |= {f"{key}/{index:02d}": element for index, element in enumerate(value, start=1)}
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,93 @@
+"""The layer of a recurrent-depth model: a sandwich block with rotary attention, gated MLP and an optional noise-level input.
+
+Huginn's block (Geiping et al. 2025, arXiv 2502.05171): x = N2(x + attention(N1 x)); x = N4(x + mlp(N3 x)), RMSNorm throughout, no
+biases. DiffusionBlocks (arXiv 2506.14202) brings the noise level in through adaptive norm: N1 and N3 get a scale and a shift that
+are linear in the noise embedding and start at zero, so that a new block computes exactly what it would without them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import causal_attention
+from .cache import CacheSlot
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 and returned in x's dtype."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_table(start: int, stop: int, head_width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [stop - start, head_width / 2] of the rotary embedding, in fp32 whatever the model's dtype."""
+    frequency = base ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
+    angle = torch.outer(torch.arange(start, stop, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding of x [B, H, T, D]: the pairs (x_i, x_{i + D/2}) are turned by their position's angle."""
+    cos, sin = rotary
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None) -> Tensor:
+        batch, length, width = x.shape
+        heads = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if slot is not None:
+            key, value = slot.append(key, value)
+        out = causal_attention(query, key, value)
+        return self.output(out.transpose(1, 2).reshape(batch, length, width))
+
+
+class GatedMLP(nn.Module):
+    """output(silu(gate(x)) * value(x)), gate and value in one matrix."""
+
+    def __init__(self, width: int, mlp_width: int):
+        super().__init__()
+        self.gate_value = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.output = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_value(x).chunk(2, dim=-1)
+        return self.output(F.silu(gate) * value)
+
+
+class SandwichBlock(nn.Module):
+    """One layer. With `conditioning_width`, its two input norms take the noise level through adaptive norm."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, eps: float, conditioning_width: int | None = None):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.norm3, self.norm4 = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.attention = Attention(width, heads)
+        self.mlp = GatedMLP(width, mlp_width)
+        self.modulation = None if conditioning_width is None else nn.Linear(conditioning_width, 4 * width)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None = None,
+                slot: CacheSlot | None = None) -> Tensor:
+        """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it."""
+        attention_scale = attention_shift = mlp_scale = mlp_shift = 0.0
+        if self.modulation is not None:
+            attention_scale, attention_shift, mlp_scale, mlp_shift = self.modulation(conditioning).chunk(4, dim=-1)
+        x = self.norm2(x + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot))
+        return self.norm4(x + self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift))

@@ -1,0 +1,189 @@
+"""The recurrent-depth language model: prelude, one core that is iterated, coda.
+
+Shape and initialisation are Huginn's (Geiping et al. 2025, arXiv 2502.05171):
+
+    e      = prelude(sqrt(d) * embed(ids))                once per token
+    state  = core(adapter(concat(state, e)))              K times, the same weights
+    logits = head(norm(coda(norm(state))))                head tied to the embedding, one norm weight used twice
+
+The three methods `prelude`, `iterate` and `readout` are the whole interface: every objective and the generator are written on
+them, and the model knows nothing of any of these. A model built with `noise_conditioning` also takes a noise level into each core
+and coda layer, as DiffusionBlocks needs it (arXiv 2506.14202).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import CacheSlot
+from .layers import RMSNorm, SandwichBlock, rotary_table
+
+INITIAL_STATE_STD = math.sqrt(2 / 5)
+CONDITIONING_WIDTH = 128
+
+
+@dataclass
+class ModelSettings:
+    """What a user chooses about the model.
+
+    width: channels d of the residual stream, a multiple of 2 * heads.
+    heads: attention heads.
+    mlp_width: channels inside the gated MLP.
+    prelude_layers, core_layers, coda_layers: layers of each part.
+    iterations: K, how often the core runs per token at inference.
+    rope_base: base of the rotary frequencies.
+    norm_eps: epsilon of every RMSNorm.
+    """
+
+    width: int = 512
+    heads: int = 8
+    mlp_width: int = 1536
+    prelude_layers: int = 2
+    core_layers: int = 4
+    coda_layers: int = 2
+    iterations: int = 32
+    rope_base: float = 50_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        """ValueError, in one sentence, for a value or a combination that makes no model."""
+        for name in ("width", "heads", "mlp_width", "prelude_layers", "core_layers", "coda_layers", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, and it is {getattr(self, name)}")
+        for name in ("rope_base", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, and it is {getattr(self, name)}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of 2 * heads (rotary pairs), and {self.width} is not one of {2 * self.heads}")
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+
+@dataclass
+class ModelConfig(ModelSettings):
+    """A model in full: the settings, and what follows from the tokenizer and the objective.
+
+    vocabulary_size: rows of the embedding.
+    noise_conditioning: whether core and coda layers take a noise level.
+    """
+
+    vocabulary_size: int = 0
+    noise_conditioning: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocabulary_size < 1:
+            raise ValueError(f"vocabulary_size must be at least 1, and it is {self.vocabulary_size}")
+
+
+class NoiseEmbedding(nn.Module):
+    """Sine and cosine features of c_noise = ln(sigma) / 4, and two linear layers: [...] -> [..., CONDITIONING_WIDTH]."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear1 = nn.Linear(CONDITIONING_WIDTH, CONDITIONING_WIDTH)
+        self.linear2 = nn.Linear(CONDITIONING_WIDTH, CONDITIONING_WIDTH)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        # c_noise spans about [-1.6, 1.1]: periods from 4 (the whole range) down to 1/16 tell all of it apart.
+        exponent = torch.linspace(-2, 4, CONDITIONING_WIDTH // 2, device=c_noise.device, dtype=torch.float32)
+        angle = 2 * math.pi * c_noise.float().unsqueeze(-1) * torch.exp2(exponent)
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.linear1.weight.dtype)
+        return F.silu(self.linear2(F.silu(self.linear1(features))))
+
+
+class RecurrentDepthLM(nn.Module):
+    """The model. B is batch, T positions, d width, V vocabulary."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
+
+        def layers(count: int, conditioned: bool) -> nn.ModuleList:
+            width = CONDITIONING_WIDTH if conditioned else None
+            return nn.ModuleList(
+                SandwichBlock(config.width, config.heads, config.mlp_width, config.norm_eps, width) for _ in range(count)
+            )
+
+        self.prelude_layers = layers(config.prelude_layers, conditioned=False)
+        self.core_layers = layers(config.core_layers, conditioned=config.noise_conditioning)
+        self.coda_layers = layers(config.coda_layers, conditioned=config.noise_conditioning)
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.noise_embedding = NoiseEmbedding() if config.noise_conditioning else None
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Huginn's initialisation: std sqrt(2 / 5d), and that over sqrt(2 L) for the outputs of attention and MLP.
+
+        L counts unrolled layers: prelude + coda + core * iterations. Every normal is truncated at three standard deviations.
+        The linear maps of the noise level start at zero, so that conditioning is the identity at first.
+        """
+        config = self.config
+        std = math.sqrt(2 / (5 * config.width))
+        depth = config.prelude_layers + config.coda_layers + config.core_layers * config.iterations
+        for name, parameter in self.named_parameters():
+            if "norm" in name.rsplit(".", 2)[-2]:
+                continue  # RMSNorm weights stay at one
+            if ".modulation." in name or name.endswith(".bias"):
+                parameter.zero_()
+            elif name.startswith("noise_embedding."):
+                nn.init.normal_(parameter, std=CONDITIONING_WIDTH**-0.5)
+            else:
+                scale = 1 / math.sqrt(2 * depth) if name.endswith(".output.weight") else 1.0
+                nn.init.trunc_normal_(parameter, std=std * scale, a=-3 * std * scale, b=3 * std * scale)
+
+    def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None) -> Tensor:
+        """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
+        x = self.embedding(ids) * math.sqrt(self.config.width)
+        return self._run(self.prelude_layers, x, None, cache)
+
+    def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
+                cache: list[CacheSlot] | None = None) -> Tensor:
+        """One iteration of the core: state and e [B, T, d] -> the next state [B, T, d]."""
+        x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
+        return self._run(self.core_layers, x, conditioning, cache)
+
+    def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
+        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
+        x = self.final_norm(state.to(self.embedding.weight.dtype))
+        x = self._run(self.coda_layers, x, conditioning, cache)
+        return F.linear(self.final_norm(x), self.embedding.weight)
+
+    def condition(self, c_noise: Tensor) -> Tensor:
+        """c_noise = ln(sigma) / 4, [B, 1] or [B, T], in fp32 -> the `conditioning` of `iterate` and `readout`."""
+        return self.noise_embedding(c_noise)
+
+    def unit_embedding(self, ids: Tensor) -> Tensor:
+        """The denoising target of tokens [...]: their embeddings, scaled to length one, in fp32 [..., d]."""
+        return F.normalize(self.embedding(ids).float(), dim=-1)
+
+    def expected_embedding(self, logits: Tensor) -> Tensor:
+        """softmax(logits) @ unit embeddings, in fp32: [..., V] -> [..., d]."""
+        return logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def _run(self, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None, cache: list[CacheSlot] | None) -> Tensor:
+        config = self.config
+        start = cache[0].length if cache else 0
+        rotary = rotary_table(start, start + x.shape[1], config.head_width, config.rope_base, x.device)
+        for index, layer in enumerate(layers):
+            x = layer(x, rotary, conditioning, cache[index] if cache else None)
+        return x
+
+
+def initial_state(uniform: Tensor) -> Tensor:
+    """The recurrent state before the first iteration of a model that is not a denoiser.
+
+    Uniform numbers in (0, 1) of any shape -> normal ones of standard deviation sqrt(2/5), truncated at three of them (Huginn's
+    `like-init`), by the inverse of the truncated distribution function.
+    """
+    edge = math.erf(3 / math.sqrt(2))
+    return INITIAL_STATE_STD * math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)

@@ -1,0 +1,15 @@
+"""The objectives by name. Objectives know the model; the model knows nothing of them."""
+
+from ..model.noise import NoiseSettings
+from .base import Loss, Objective, ObjectiveSettings
+from .bptt import BackpropagationThroughTime
+from .diffusion_blocks import DiffusionBlocks
+
+__all__ = ["Loss", "Objective", "ObjectiveSettings", "build_objective"]
+
+
+def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int) -> Objective:
+    """The objective that the settings name; iterations is the model's K."""
+    if settings.name == "diffusion_blocks":
+        return DiffusionBlocks(noise, iterations)
+    return BackpropagationThroughTime(settings.free_iterations, settings.trained_iterations, iterations)

@@ -1,0 +1,94 @@
+"""The optimizer and its learning rate: AdamW, linear warmup, decay.
+
+The learning rate is a function of the step alone, so a resumed run has nothing to restore. A run's length is given in steps or
+as a budget of training FLOPs; with a budget, arms of different cost per token are compared at equal compute.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW.
+
+    learning_rate: the peak.
+    learning_rate_source: where the peak was chosen, for the reader of reports.
+    beta1, beta2, epsilon: of Adam.
+    weight_decay: on matrices; norms and biases have none.
+    gradient_clipping: largest global norm of the gradient; 0 for none.
+    """
+
+    learning_rate: float = 1e-3
+    learning_rate_source: str = ""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clipping: float = 1.0
+
+    def __post_init__(self):
+        """ValueError, in one sentence, for numbers that AdamW does not take."""
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, and it is {self.learning_rate}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 and beta2 must lie in [0, 1), and they are {self.beta1} and {self.beta2}")
+        if self.weight_decay < 0 or self.gradient_clipping < 0 or self.epsilon <= 0:
+            raise ValueError("weight_decay and gradient_clipping must not be negative, and epsilon must be positive")
+
+
+@dataclass
+class ScheduleSettings:
+    """Length of the run and shape of the learning rate.
+
+    steps: optimizer steps; or
+    training_flops: floating-point operations to spend, from which the steps follow. One of the two must be given.
+    warmup_fraction: share of the steps over which the learning rate rises from 0.
+    decay: its shape after that.
+    final_fraction: learning rate at the end, as a share of the peak.
+    """
+
+    steps: int | None = None
+    training_flops: float | None = None
+    warmup_fraction: float = 0.05
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: float = 0.1
+
+    def __post_init__(self):
+        """ValueError, in one sentence, for a run without a length or with two."""
+        if (self.steps is None) == (self.training_flops is None):
+            raise ValueError("one of steps and training_flops must be given, and not both")
+        if (self.steps is not None and self.steps < 1) or (self.training_flops is not None and self.training_flops <= 0):
+            raise ValueError("the length of the run must be positive")
+        if not (0 <= self.warmup_fraction <= 1 and 0 <= self.final_fraction <= 1):
+            raise ValueError("warmup_fraction and final_fraction must lie in [0, 1]")
+
+
+def learning_rate(step: int, total_steps: int, optimizer: OptimizerSettings, schedule: ScheduleSettings) -> float:
+    """The learning rate of optimizer step `step`, counted from 0."""
+    warmup = math.ceil(schedule.warmup_fraction * total_steps)
+    if step < warmup:
+        return optimizer.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
+    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[schedule.decay]
+    return optimizer.learning_rate * (schedule.final_fraction + (1 - schedule.final_fraction) * shape)
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """torch's AdamW over two groups: matrices, which decay, and vectors, which do not. Fused on CUDA."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=parameters[0].is_cuda,
+    )

@@ -1,0 +1,125 @@
+"""The folder of a run: who may write there, whether this is the same run, and what is on record about it.
+
+    config.yaml        the whole config, defaults included
+    run.json           command, versions, device, model size, FLOPs: what a report quotes
+    metrics.jsonl      one record a line
+    checkpoints/       see checkpoint.py
+    wandb/             where wandb is on
+"""
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from .config import Config, config_to_yaml, load_config
+from .distributed import World
+from .errors import UserError
+
+
+@contextmanager
+def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[Path]:
+    """The run's folder, made or taken up again, and locked against other runs while the block lasts; rank 0 holds the lock.
+
+    Waits for a process of the same run that is still shutting down. UserError when the folder belongs to another config, holds
+    something else, or stays in use.
+    """
+    folder = Path(config.run.folder)
+    if not world.is_main:
+        yield folder
+        return
+    recorded = folder / "config.yaml"
+    if recorded.exists():
+        _refuse_other_config(recorded, config)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be made ({error.strerror}): choose a run.folder that can be written") from None
+    with lock:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process is training in {folder}: wait for it to end, or choose another run.folder"
+                    ) from None
+                time.sleep(0.5)
+        write_atomically(recorded, config_to_yaml(config))
+        yield folder
+
+
+def _refuse_other_config(recorded: Path, config: Config) -> None:
+    before, now = load_config(recorded).result_settings(), config.result_settings()
+    for section, values in now.items():
+        pairs = {section: (before[section], values)}
+        if isinstance(values, dict):
+            pairs = {f"{section}.{key}": (before[section][key], value) for key, value in values.items()}
+        for name, (old, new) in pairs.items():
+            if old != new:
+                raise UserError(
+                    f"the output folder {recorded.parent} holds a run with {name}={old}, and this one has {new}: choose another "
+                    "run.folder, or delete that one"
+                )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def record_facts(folder: Path, facts: dict) -> None:
+    """Write run.json: `facts`, and the command, versions and machine of this start."""
+    packages = ("torch", "deepspeed", "transformers", "zarr", "sentencepiece")
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()} CPU"
+    facts = facts | {
+        "command": " ".join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": f"{machine}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {"rdtrain": version("rdtrain")} | {name: version(name) for name in packages},
+    }
+    write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+
+
+class PeakMemory:
+    """The largest memory this process has held since this object was made, in bytes.
+
+    On CUDA, what PyTorch allocated. On CPU, the process's peak resident size less its size at the start, so that libraries which
+    are loaded before do not count.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._start = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+
+    def bytes(self) -> int:
+        """The peak so far."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _peak_resident_bytes() - self._start
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except OSError:  # not Linux: macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

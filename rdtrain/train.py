@@ -1,0 +1,194 @@
+"""The training loop: the one place where data, model, objective and engine meet.
+
+It reads top to bottom: open the data, build the model and its objective, hand both to an engine, restore the last checkpoint, and
+step. What a step computes is a function of (config, step): sample order, noise and learning rate hold no state of their own, so a
+run that was stopped goes on exactly where it was.
+"""
+
+import math
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .checkpoint import checkpoint_folder, checkpoint_steps, load_checkpoint, load_weights, refuse_other_model, save_checkpoint
+from .config import Config
+from .data.loader import Loader, rank_indices
+from .data.shards import ShardReader
+from .distributed import World, stop_signals
+from .engine import Engine, build_engine, start_processes
+from .errors import UserError
+from .evaluation import Evaluator
+from .metrics import MetricLogger, MetricSums
+from .model.attention import attention_backend
+from .model.recurrent import ModelConfig, RecurrentDepthLM
+from .objectives import Objective, build_objective
+from .optimization import learning_rate
+from .randomness import SampleRandom
+from .run_folder import PeakMemory, claimed, record_facts
+
+INTERRUPTED = 130
+"""Exit code of a run that was asked to stop, as a shell counts SIGINT."""
+
+
+@dataclass
+class Plan:
+    """What follows from a config, its data and the world. Making one finds everything that can be wrong, before the engine starts."""
+
+    objective: Objective
+    model: ModelConfig
+    loader: Loader
+    evaluator: Evaluator
+    tokenizer_hash: str
+    accumulation: int
+    tokens_per_step: int
+    flops_per_step: float
+    total_steps: int
+
+    @classmethod
+    def make(cls, config: Config, world: World) -> "Plan":
+        """Opens the shards. UserError for anything that does not fit together."""
+        shards = ShardReader(Path(config.data.train))
+        validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
+        length = config.data.sequence_length
+        objective = build_objective(config.objective, config.noise, config.model.iterations)
+        model = ModelConfig(
+            **asdict(config.model), vocabulary_size=shards.vocab_size, noise_conditioning=objective.noise_conditioning
+        )
+        if config.checkpoint.start_from:
+            refuse_other_model(Path(config.checkpoint.start_from), model)
+        tokens_per_step = config.batch.global_sequences * length
+        flops_per_step = objective.training_flops(model, length) * tokens_per_step
+        return cls(
+            objective=objective,
+            model=model,
+            loader=Loader(shards, length, config.run.seed),
+            evaluator=Evaluator(validation, length, config.evaluation, config.batch.micro_sequences, world),
+            tokenizer_hash=shards.manifest["tokenizer_hash"],
+            accumulation=config.batch.accumulation(world.size),
+            tokens_per_step=tokens_per_step,
+            flops_per_step=flops_per_step,
+            total_steps=config.schedule.steps or max(1, int(config.schedule.training_flops / flops_per_step)),
+        )
+
+
+def train(config: Config) -> int:
+    """Train, or continue, the run of a config. Returns the exit code: 0 when it is complete, INTERRUPTED when asked to stop.
+
+    Every rank calls this. Raises UserError for anything that a user can mend.
+    """
+    world = World.from_environment()
+    plan = Plan.make(config, world)
+    with claimed(config, world) as folder:
+        saved = checkpoint_steps(folder)
+        if saved and saved[-1] >= plan.total_steps:
+            if world.is_main:
+                print(f"{folder} is complete at step {saved[-1]}; nothing to do")
+            return 0
+        start_processes(config.engine, world)
+        memory = PeakMemory(world.device)
+        torch.manual_seed(config.run.seed)
+        model = RecurrentDepthLM(plan.model)
+        if config.checkpoint.start_from:
+            load_weights(Path(config.checkpoint.start_from), model)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        engine = build_engine(
+            config.engine, model, plan.objective, config.optimizer, config.batch.micro_sequences, plan.accumulation, world
+        )
+        state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, world) if saved else {"step": 0, "seconds": 0.0}
+        dtype = config.engine.dtype(world.device)
+        facts = {
+            "name": config.run.name,
+            "parameters": parameters,
+            "model": asdict(plan.model),
+            "objective": asdict(config.objective),
+            "noise": asdict(config.noise),
+            "tokenizer_hash": plan.tokenizer_hash,
+            "total_steps": plan.total_steps,
+            "tokens_per_step": plan.tokens_per_step,
+            "training_flops_per_token": plan.flops_per_step / plan.tokens_per_step,
+            "ranks": world.size,
+            "device": world.device.type,
+            "precision": str(dtype).removeprefix("torch."),
+            "attention": attention_backend(world.device, dtype),
+            **engine.facts,
+        }
+        if world.is_main:
+            record_facts(folder, facts)
+            print(
+                f"{config.run.name}: {parameters / 1e6:.2f}M parameters, {plan.total_steps} steps of {plan.tokens_per_step} tokens, "
+                f"{plan.flops_per_step / plan.tokens_per_step / 1e6:.1f} MFLOPs a token, {world.size} x {world.device.type} "
+                f"{facts['precision']}, attention by {facts['attention']}"
+                + (f", continuing from step {state['step']}" if saved else "")
+            )
+        facts["config"] = asdict(config)
+        return _train_steps(config, plan, engine, world, memory, facts, state["step"], state["seconds"])
+
+
+def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memory: PeakMemory, facts: dict, step: int,
+                 seconds: float) -> int:
+    """The loop, from a step at which so many seconds have been trained; `facts` go into every checkpoint."""
+    folder = Path(config.run.folder)
+    batch, schedule = config.batch, config.schedule
+    logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world, resume_step=step)
+    if step == 0:
+        logger.log({"step": 0, "tokens": 0, "training_flops": 0.0, "seconds": 0.0} | plan.evaluator(engine, plan.objective))
+    sums, logged_step, logged_seconds = MetricSums(), step, seconds
+    progress = tqdm(total=plan.total_steps, initial=step, desc=config.run.name, unit="step", disable=not world.is_main, mininterval=1)
+    with closing(logger), progress, stop_signals(world) as stop_agreed:
+        while step < plan.total_steps:
+            started = time.perf_counter()
+            rate = learning_rate(step, plan.total_steps, config.optimizer, schedule)
+            micro_batches = (
+                (plan.loader.batch(indices).to(world.device, non_blocking=True), SampleRandom(config.run.seed, indices, world.device))
+                for indices in rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences)
+            )
+            for loss in engine.train_step(micro_batches, rate):
+                sums.add(loss.metrics)
+            step += 1
+            stop = stop_agreed()
+            last = step == plan.total_steps
+            evaluate = last or step % config.evaluation.interval == 0
+            log = evaluate or step % config.logging.interval == 0
+            if log and world.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - started
+            progress.update()
+            if log:
+                means = sums.means(world)
+                if not math.isfinite(means["loss"]):
+                    raise UserError(
+                        f"the loss is not finite at step {step} of {folder}: lower optimizer.learning_rate (now "
+                        f"{config.optimizer.learning_rate}) or set optimizer.gradient_clipping, and start a new run.folder"
+                    )
+                step_seconds = (seconds - logged_seconds) / (step - logged_step)
+                logged_step, logged_seconds = step, seconds
+                record = {
+                    "step": step,
+                    "tokens": step * plan.tokens_per_step,
+                    "training_flops": step * plan.flops_per_step,
+                    "seconds": seconds,
+                    **means,
+                    "learning_rate": rate,
+                    "gradient_norm": engine.gradient_norm(),
+                    "step_seconds": step_seconds,
+                    "tokens_per_second": plan.tokens_per_step / step_seconds,
+                    "peak_memory_bytes": int(world.maximum(memory.bytes())),
+                }
+                if evaluate:
+                    record |= plan.evaluator(engine, plan.objective)
+                    progress.set_postfix_str(f"loss {means['loss']:.3f}, held-out NLL {record['validation_nll']:.3f}")
+                logger.log(record)
+            if stop or last or step % config.checkpoint.interval == 0:
+                save_checkpoint(folder, {"step": step, "seconds": seconds} | facts, engine, config.checkpoint.keep, world)
+            if stop and not last:
+                if world.is_main:
+                    progress.close()
+                    print(f"stopped at step {step} with a checkpoint; start the same command again to continue")
+                return INTERRUPTED
+    if world.is_main:
+        print(f"{config.run.name}: {step} steps, held-out NLL {record['validation_nll']:.4f}, in {folder}")
+    return 0

@@ -1,0 +1,165 @@
+"""What the tests share: a tiny model, tiny shards made from real text, and the commands as a user would start them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rdtrain.data.docstrings import docstrings
+from rdtrain.data.shards import write_shards
+from rdtrain.data.tokenizer_training import train_tokenizer
+from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.model.tokenizer import Tokenizer
+
+PROJECT = Path(__file__).parent.parent
+MODULES = ("argparse", "datetime", "_pydecimal", "difflib", "inspect", "random", "shutil", "statistics", "subprocess", "textwrap")
+TINY = dict(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, coda_layers=1, iterations=4)
+
+
+@pytest.fixture(scope="session")
+def perturb():
+    """Moves the parameters that start at zero or one, and enlarges the small output maps, so that none of them can hide."""
+
+    @torch.no_grad()
+    def change(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            if "norm" in name or name.endswith(".bias") or "modulation" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            elif name.endswith("output.weight"):
+                parameter *= 4
+        return module
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def build_model(perturb):
+    """A factory of tiny models, the same for the same arguments; `perturbed` applies `perturb`."""
+
+    def build(noise_conditioning: bool = False, perturbed: bool = True, seed: int = 0, **changes) -> RecurrentDepthLM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            settings = {**TINY, "vocabulary_size": 50, "noise_conditioning": noise_conditioning, **changes}
+            model = RecurrentDepthLM(ModelConfig(**settings))
+        return perturb(model, seed) if perturbed else model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """English documents: the docstrings of some modules, without the few carriage returns that text files would not give back."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return ["\n\n".join(docstrings(folder / f"{module}.py")).replace("\r", "") for module in MODULES]
+
+
+@pytest.fixture(scope="session")
+def text_folder(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The texts as files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of 800 pieces, trained on the texts."""
+    return train_tokenizer([text_folder], tmp_path_factory.mktemp("tokenizer") / "small", 800)
+
+
+@pytest.fixture(scope="session")
+def shards(text_folder: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train and validation shards of the texts."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards([text_folder / f"{number}.txt" for number in range(8)], tokenizer, folder / "train")
+    write_shards([text_folder / "8.txt", text_folder / "9.txt"], tokenizer, folder / "validation")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(shards: Path, tmp_path: Path):
+    """A factory: writes the config of a tiny run in `tmp_path / run` and returns the file; sections given are merged over it."""
+
+    def write(run: str = "run", **sections) -> Path:
+        tree = {
+            "run": {"name": run, "folder": str(tmp_path / run), "seed": 7},
+            "data": {"train": str(shards / "train"), "validation": str(shards / "validation"), "sequence_length": 16},
+            "model": TINY,
+            "objective": {"name": "diffusion_blocks"},
+            "batch": {"global_sequences": 8, "micro_sequences": 2},
+            "optimizer": {"learning_rate": 0.01},
+            "schedule": {"steps": 8},
+            "engine": {"name": "torch"},
+            "evaluation": {"interval": 4, "sequences": 8},
+            "checkpoint": {"interval": 4},
+            "logging": {"interval": 1},
+        }
+        for section, values in sections.items():
+            tree[section] = {**tree.get(section, {}), **values}
+        path = tmp_path / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def start(command: list[str], timeout: float, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in a session of its own, so that a hang can be ended with all its children."""
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=os.environ | environment, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{command} did not end in {timeout} s:\n{out}\n{err}")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.fixture
+def rdtrain():
+    """Run `rdtrain ARGUMENTS` as a user would."""
+
+    def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess:
+        return start([sys.executable, "-m", "rdtrain.cli", *map(str, arguments)], timeout, DS_ACCELERATOR="cpu")
+
+    return run
+
+
+@pytest.fixture
+def deepspeed():
+    """Run `deepspeed launch/train.py ARGUMENTS` on a number of CPU processes."""
+
+    def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port), "--"]
+        return start([*command, script, *map(str, arguments)], timeout, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+
+    return run
+
+
+@pytest.fixture
+def refused():
+    """Check that a finished command refused its input: exit code 2 and one sentence, without a traceback, that holds the words."""
+
+    def check(result: subprocess.CompletedProcess, *words: str) -> None:
+        sentences = [line for line in result.stderr.splitlines() if line.startswith("rdtrain: ")]
+        assert result.returncode == 2, result.stderr
+        assert len(sentences) == 1 and "Traceback" not in result.stderr, result.stderr
+        for word in words:
+            assert word in sentences[0]
+
+    return check

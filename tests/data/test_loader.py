@@ -1,0 +1,117 @@
+"""The sample order is a permutation for every size, and batches are plain slices of the token stream, whatever the ranks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from rdtrain.data.loader import Loader, SampleOrder, rank_indices, validation_windows
+from rdtrain.data.shards import ShardReader, write_shards
+
+
+@pytest.fixture(scope="module")
+def reader(text_folder, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader") / "shards"
+    write_shards([text_folder], tokenizer, folder, shard_tokens=4096)
+    return ShardReader(folder)
+
+
+def epoch_of(order, epoch):
+    return order.windows(np.full(order.samples, epoch), np.arange(order.samples))
+
+
+@pytest.mark.parametrize("block, buffer_blocks", [(64, 16), (4, 3), (1, 1), (5, 1), (1, 7), (8, 2)])
+def test_each_epoch_is_a_permutation(block, buffer_blocks):
+    for samples in [*range(1, 130), 1023, 1024, 1025, 1088, 5000]:
+        order = SampleOrder(samples, seed=7, block=block, buffer_blocks=buffer_blocks)
+        for epoch in (0, 3):
+            assert np.array_equal(np.sort(epoch_of(order, epoch)), np.arange(samples)), (samples, epoch)
+
+
+def test_one_by_one_and_all_at_once_agree():
+    order = SampleOrder(1300, seed=2**64 - 1)
+    assert [order.window(1, place) for place in range(1300)] == epoch_of(order, 1).tolist()
+    epochs, places = np.array([2, 0, 1, 2]), np.array([5, 5, 1299, 0])
+    assert order.windows(epochs, places).tolist() == [order.window(int(e), int(p)) for e, p in zip(epochs, places)]
+
+
+def test_epochs_and_seeds_differ_and_the_order_is_fixed():
+    order = SampleOrder(3000, seed=1)
+    orders = [epoch_of(order, 0), epoch_of(order, 1), epoch_of(SampleOrder(3000, seed=2), 0)]
+    for first, second in itertools.combinations(orders, 2):
+        assert (first == second).mean() < 0.01
+    # a resumed run depends on these numbers: a change of them is a change of format
+    assert SampleOrder(100, seed=0).windows(np.zeros(5, int), np.arange(5)).tolist() == [57, 16, 68, 47, 89]
+
+
+def test_the_order_has_two_levels():
+    windows = epoch_of(SampleOrder(64 * 160, seed=3), 0)
+    for buffer in windows.reshape(-1, 1024):
+        blocks, counts = np.unique(buffer // 64, return_counts=True)
+        assert len(blocks) == 16 and (counts == 64).all() and np.ptp(blocks) > 16
+        assert (np.diff(buffer) == 1).mean() < 0.01
+
+
+def test_the_order_is_even():
+    """Each window is about as likely at each place."""
+    epochs, places = np.divmod(np.arange(2000 * 24), 24)
+    places = np.argsort(SampleOrder(24, 0, block=4, buffer_blocks=6).windows(epochs, places).reshape(2000, 24))
+    counts = np.stack([np.bincount(column, minlength=24) for column in places.T])
+    assert abs(counts - 2000 / 24).max() < 5.5 * (2000 / 24) ** 0.5
+
+
+def test_batches_are_slices_of_the_stream(reader):
+    tokens = torch.from_numpy(reader.read(0, len(reader)).astype(np.int64))
+    for length in (1, 7, 50, 333, len(reader) - 1):
+        loader = Loader(reader, length, seed=5)
+        assert loader.samples_per_epoch == (len(reader) - 1) // length
+        indices = range(loader.samples_per_epoch * 2 - 3 if loader.samples_per_epoch > 3 else 0, loader.samples_per_epoch * 2 + 3)
+        batch = loader.batch(indices)
+        assert batch.dtype == torch.int64 and batch.shape == (len(indices), length + 1)
+        for row, index in zip(batch, indices):
+            epoch, place = divmod(index, loader.samples_per_epoch)
+            start = loader.order.window(epoch, place) * length
+            assert torch.equal(row, tokens[start:start + length + 1])
+
+
+def test_an_epoch_visits_every_window_once(reader):
+    loader = Loader(reader, 50, seed=5)
+    expected = validation_windows(reader, 50, 10**9)
+    assert len(expected) == loader.samples_per_epoch
+    for epoch in range(2):
+        first = epoch * loader.samples_per_epoch
+        rows = torch.cat([loader.batch([index]) for index in range(first, first + loader.samples_per_epoch)])
+        assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, expected.tolist()))
+
+
+def test_ranks_share_the_steps_samples():
+    expected = list(range(5 * 12, 6 * 12))
+    for world_size, micro_batch in itertools.product((1, 2, 3), (1, 2)):
+        shares = [rank_indices(5, 12, world_size, rank, micro_batch) for rank in range(world_size)]
+        assert all(len(share) == 12 // world_size // micro_batch for share in shares)
+        assert all(len(indices) == micro_batch for share in shares for indices in share)
+        # micro-step by micro-step, rank by rank, the samples come in their order
+        assert [index for micro_step in zip(*shares) for indices in micro_step for index in indices] == expected
+
+
+def test_the_union_over_ranks_is_the_same_batch(reader):
+    loaders = [Loader(reader, 20, seed=1) for _ in range(3)]
+    batches = [torch.cat([loaders[rank].batch(indices) for micro_step in zip(*(rank_indices(9, 6, world_size, r, 1)
+                          for r in range(world_size))) for rank, indices in enumerate(micro_step)]) for world_size in (1, 2, 3)]
+    assert torch.equal(batches[0], batches[1]) and torch.equal(batches[0], batches[2])
+
+
+def test_validation_windows(reader):
+    tokens = torch.from_numpy(reader.read(0, len(reader)).astype(np.int64))
+    windows = validation_windows(reader, 50, 3)
+    assert torch.equal(windows, torch.stack([tokens[start:start + 51] for start in (0, 50, 100)]))
+    assert windows.is_contiguous() and len(validation_windows(reader, 50, 10**9)) == (len(reader) - 1) // 50
+
+
+def test_faults(reader, fault):
+    assert "fewer than one window" in fault(lambda: Loader(reader, len(reader), seed=0))
+    assert "fewer than one window" in fault(lambda: validation_windows(reader, len(reader), 1))
+    assert "make it a multiple of 6" in fault(lambda: rank_indices(0, 8, 3, 0, 2))
+    with pytest.raises(ValueError):
+        SampleOrder(0, seed=0)

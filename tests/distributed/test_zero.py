@@ -1,0 +1,129 @@
+"""ZeRO through the real `deepspeed` launcher, two processes and gloo, against one process of plain PyTorch written out here."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdtrain.config import load_config
+from rdtrain.data.loader import Loader
+from rdtrain.data.shards import ShardReader
+from rdtrain.metrics import read_metrics
+from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.objectives import build_objective
+from rdtrain.randomness import SampleRandom
+
+OBJECTIVES = {
+    "diffusion_blocks": {"name": "diffusion_blocks"},
+    "bptt": {"name": "bptt", "free_iterations": 3, "trained_iterations": 2},
+}
+
+
+def plain_losses(path: Path) -> list[float]:
+    """The losses of a config's run: whole global batches, torch's AdamW, its own clipping and schedule, no engine."""
+    config = load_config(path)
+    reader = ShardReader(Path(config.data.train))
+    loader = Loader(reader, config.data.sequence_length, config.run.seed)
+    objective = build_objective(config.objective, config.noise, config.model.iterations)
+    torch.manual_seed(config.run.seed)
+    shape = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__}
+    model = RecurrentDepthLM(
+        ModelConfig(**shape, vocabulary_size=reader.vocab_size, noise_conditioning=config.objective.name == "diffusion_blocks")
+    )
+    settings, steps, losses = config.optimizer, config.schedule.steps, []
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=(settings.beta1, settings.beta2), eps=settings.epsilon,
+    )
+    warmup = math.ceil(0.05 * steps)
+    for step in range(steps):
+        peak = settings.learning_rate
+        cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = peak * (step + 1) / warmup if step < warmup else peak * (0.1 + 0.9 * cosine)
+        samples = range(step * config.batch.global_sequences, (step + 1) * config.batch.global_sequences)
+        loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"))).value
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def recorded_losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["step"]]
+
+
+@pytest.mark.parametrize(
+    ("objective", "stage", "clipping"), [("diffusion_blocks", 1, 0.3), ("bptt", 1, 0.3), ("diffusion_blocks", 2, 0.0)]
+)
+def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tiny_config, tmp_path, deepspeed, objective, stage, clipping):
+    """Global batch 8 on two ranks in micro-batches of 2: two processes and accumulation at once."""
+    path = tiny_config(
+        objective=OBJECTIVES[objective], engine={"name": "deepspeed", "zero_stage": stage},
+        optimizer={"gradient_clipping": clipping or 1e9}, schedule={"steps": 10}, checkpoint={"interval": 5},
+    )
+    result = deepspeed("--config", path)
+    assert result.returncode == 0, result.stderr
+    first = recorded_losses(tmp_path / "run")
+    assert len(first) == 10
+    assert first == pytest.approx(plain_losses(path), abs=1e-5)
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000010")
+    result = deepspeed("--config", path)
+    assert result.returncode == 0 and "continuing from step 5" in result.stdout, result.stderr
+    assert recorded_losses(tmp_path / "run") == first
+
+
+def test_bf16_trains_next_to_fp32(tiny_config, tmp_path, deepspeed):
+    """bf16 weights with fp32 master weights: the losses stay within bf16's rounding of the fp32 ones."""
+    path = tiny_config(engine={"name": "deepspeed", "precision": "bf16"})
+    result = deepspeed("--config", path, processes=1)
+    assert result.returncode == 0, result.stderr
+    assert recorded_losses(tmp_path / "run") == pytest.approx(plain_losses(path), abs=0.05)
+
+
+def test_an_interrupt_saves_a_checkpoint_and_the_next_start_continues(tiny_config, tmp_path):
+    """Ctrl-C in a terminal: SIGINT to the launcher and all its processes."""
+    path = tiny_config(engine={"name": "deepspeed"}, schedule={"steps": 400}, checkpoint={"interval": 400}, evaluation={"interval": 400})
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29543", "--", "launch/train.py"]
+    process = subprocess.Popen(
+        [*command, "--config", str(path)], cwd=Path(__file__).parents[2], start_new_session=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(read_metrics(metrics)) < 4:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0
+        while not (saved := list(tmp_path.glob("run/checkpoints/step-*/state.json"))):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert 4 <= int(saved[0].parent.name.split("-")[1]) < 400
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_another_number_of_processes_is_refused_at_resume(tiny_config, tmp_path, deepspeed, refused):
+    path = tiny_config(engine={"name": "deepspeed"})
+    assert deepspeed("--config", path, processes=1).returncode == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    result = deepspeed("--config", path)
+    assert result.returncode != 0
+    assert "written by 1 ranks and this run has 2" in result.stderr and "start it with 1 processes" in result.stderr

@@ -1,0 +1,215 @@
+"""Proves the layer right against float64 loops: norm, rotary positions, causal attention with and without a cache, MLP, the whole
+block with its noise-level input. Also which attention kernel is chosen, with flash-attn absent, impostor or present."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from rdtrain.model import attention as attention_module
+from rdtrain.model.attention import attention_backend, causal_attention
+from rdtrain.model.cache import CacheSlot
+from rdtrain.model.layers import Attention, GatedMLP, RMSNorm, SandwichBlock, rotary_table, rotate
+
+CPU = torch.device("cpu")
+BASE = 50_000.0
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def float64(x):
+    return x.detach().double().numpy()
+
+
+def empty_slot(batch=2, heads=4, capacity=10, head_width=8):
+    return CacheSlot(*torch.zeros(2, batch, heads, capacity, head_width))
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm_equals_the_float64_formula(eps, perturb, reference):
+    norm, x = perturb(RMSNorm(32, eps)), 3 * normal(2, 5, 32)
+    expected = reference.rms_norm(float64(x), float64(norm.weight), eps)
+    np.testing.assert_allclose(float64(norm(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_computes_in_fp32_and_returns_the_inputs_dtype(reference):
+    norm, x = RMSNorm(32, 1e-6), (200 * normal(4, 32)).half()  # the squares overflow fp16
+    out = norm(x)
+    assert out.dtype == torch.float16
+    np.testing.assert_allclose(float64(out), reference.rms_norm(float64(x), 1.0, 1e-6), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_rotary_embedding_equals_a_loop_over_complex_numbers(start, reference):
+    x = normal(2, 3, 6, 8)
+    turned = rotate(x, rotary_table(start, start + 6, 8, BASE, CPU))
+    for batch in range(2):
+        for head in range(3):
+            expected = reference.rotary(float64(x[batch, head]), start, BASE)
+            np.testing.assert_allclose(float64(turned[batch, head]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_products_depend_on_the_distance_of_two_positions_alone():
+    query, key = normal(1, 1, 1, 8, seed=1), normal(1, 1, 1, 8, seed=2)
+
+    def product(query_position, key_position):
+        turned = [rotate(x, rotary_table(p, p + 1, 8, BASE, CPU)) for x, p in ((query, query_position), (key, key_position))]
+        return (turned[0] * turned[1]).sum().item()
+
+    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
+    assert product(7, 3) == pytest.approx(product(4, 0), abs=1e-4)
+    assert abs(product(7, 3) - product(3, 7)) > 0.01, "and the direction counts"
+    assert abs(product(7, 3) - product(8, 3)) > 0.01
+
+
+def test_rotary_table_stays_fp32_precise_at_late_positions():
+    cos, sin = rotary_table(4000, 4001, 96, BASE, CPU)
+    angle = 4000 * BASE ** -(np.arange(0, 96, 2) / 96)
+    assert cos.dtype == sin.dtype == torch.float32
+    np.testing.assert_allclose(cos[0].numpy(), np.cos(angle), atol=2e-3)
+    np.testing.assert_allclose(sin[0].numpy(), np.sin(angle), atol=2e-3)
+
+
+SHAPES = pytest.mark.parametrize("queries, keys", [(7, 7), (1, 7), (3, 7), (1, 1)], ids=["whole", "one", "chunk", "first"])
+
+
+def assert_is_causal_attention(out, query, key, value, reference):
+    for batch in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            expected = reference.causal_attention(*(float64(x[batch, head]) for x in (query, key, value)))
+            np.testing.assert_allclose(float64(out[batch, head]), expected, rtol=1e-5, atol=1e-5)
+
+
+@SHAPES
+def test_causal_attention_equals_a_softmax_loop(queries, keys, reference):
+    query, key, value = 2 * normal(2, 3, queries, 8, seed=1), normal(2, 3, keys, 8, seed=2), normal(2, 3, keys, 8, seed=3)
+    assert_is_causal_attention(causal_attention(query, key, value), query, key, value, reference)
+
+
+@SHAPES
+def test_flash_attn_is_called_in_its_own_layout_and_its_answer_comes_back_in_ours(queries, keys, reference, monkeypatch):
+    def kernel(query, key, value, *, causal):
+        """As flash-attn documents it: [B, T, H, D], the causal mask aligned with the last key."""
+        assert causal and query.shape == (2, queries, 3, 8) and key.shape == value.shape == (2, keys, 3, 8)
+        out = torch.zeros_like(query)
+        for batch in range(2):
+            for head in range(3):
+                heads = reference.causal_attention(*(float64(x[batch, :, head]) for x in (query, key, value)))
+                out[batch, :, head] = torch.tensor(heads)
+        return out
+
+    monkeypatch.setattr(attention_module, "attention_backend", lambda device, dtype: "flash-attn")
+    monkeypatch.setattr(attention_module, "_flash_attn_func", lambda: kernel)
+    query, key, value = 2 * normal(2, 3, queries, 8, seed=1), normal(2, 3, keys, 8, seed=2), normal(2, 3, keys, 8, seed=3)
+    assert_is_causal_attention(causal_attention(query, key, value), query, key, value, reference)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A function that installs `module` as flash_attn (None: the import fails) and forgets what was found before."""
+
+    def install(module):
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        attention_module._flash_attn_func.cache_clear()
+
+    yield install
+    attention_module._flash_attn_func.cache_clear()
+
+
+def fake_flash_attn(**contents):
+    module = types.ModuleType("flash_attn")
+    vars(module).update(contents)
+    return module
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sdpa_is_used_on_cpu_even_where_flash_attn_is_present(dtype, flash_attn):
+    flash_attn(fake_flash_attn(flash_attn_func=print))
+    assert attention_backend(CPU, dtype) == "SDPA"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sdpa_is_used_on_cuda_where_flash_attn_cannot_be_imported(dtype, flash_attn):
+    flash_attn(None)
+    assert attention_backend(CUDA, dtype) == "SDPA"
+
+
+def test_sdpa_is_used_on_cuda_where_only_an_impostor_answers_to_the_name(flash_attn):
+    flash_attn(fake_flash_attn(cute=object()))
+    assert attention_backend(CUDA, torch.bfloat16) == "SDPA"
+
+
+def test_flash_attn_is_used_on_cuda_in_half_precision_where_it_is_present(flash_attn):
+    flash_attn(fake_flash_attn(flash_attn_func=print))
+    assert attention_backend(CUDA, torch.bfloat16) == "flash-attn"
+    assert attention_backend(torch.device("cuda", 3), torch.float16) == "flash-attn"
+    assert attention_backend(CUDA, torch.float32) == "SDPA"
+
+
+def test_attention_equals_a_loop_over_heads_and_positions(perturb, reference):
+    torch.manual_seed(0)
+    attention, x = perturb(Attention(32, 4)), normal(2, 6, 32)
+    out = attention(x, rotary_table(0, 6, 8, BASE, CPU), None)
+    for row in range(2):
+        np.testing.assert_allclose(float64(out[row]), reference.attention(attention, float64(x[row]), BASE), rtol=1e-4, atol=1e-5)
+
+
+def test_gated_mlp_equals_the_float64_formula(perturb, reference):
+    torch.manual_seed(0)
+    mlp, x = perturb(GatedMLP(32, 48)), normal(6, 32)
+    np.testing.assert_allclose(float64(mlp(x)), reference.mlp(mlp, float64(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [None, 1, 6], ids=["unconditioned", "one level a sequence", "one level a position"])
+def test_sandwich_block_equals_the_float64_formula(length, perturb, reference):
+    torch.manual_seed(0)
+    block, x = perturb(SandwichBlock(32, 4, 48, 1e-6, None if length is None else 20)), normal(2, 6, 32)
+    conditioning = None if length is None else normal(2, length, 20, seed=1)
+    out = block(x, rotary_table(0, 6, 8, BASE, CPU), conditioning)
+    for row in range(2):
+        condition = None if length is None else float64(conditioning[row])
+        expected = reference.block(block, float64(x[row]), BASE, condition)
+        np.testing.assert_allclose(float64(out[row]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_have_no_biases_apart_from_the_noise_levels():
+    block = SandwichBlock(32, 4, 48, 1e-6, 20)
+    assert [name for name, _ in block.named_parameters() if "bias" in name] == ["modulation.bias"]
+
+
+@pytest.mark.parametrize("chunks", [[8], [1] * 8, [3, 1, 4], [5, 3]])
+def test_a_block_fed_in_chunks_through_a_cache_equals_the_whole_sequence_at_once(chunks, perturb):
+    torch.manual_seed(0)
+    block, x, slot = perturb(SandwichBlock(32, 4, 48, 1e-6)), normal(2, 8, 32), empty_slot()
+    whole = block(x, rotary_table(0, 8, 8, BASE, CPU))
+    parts, start = [], 0
+    for length in chunks:
+        rotary = rotary_table(start, start + length, 8, BASE, CPU)
+        with torch.no_grad():
+            parts.append(block(x[:, start : start + length], rotary, slot=slot))
+        start += length
+    assert slot.length == 8
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_slot_returns_what_was_put_in_and_nothing_of_its_empty_part():
+    slot, keys, values = empty_slot(), normal(2, 4, 7, 8, seed=1), normal(2, 4, 7, 8, seed=2)
+    slot.append(keys[:, :, :4], values[:, :, :4])
+    all_keys, all_values = slot.append(keys[:, :, 4:], values[:, :, 4:])
+    assert torch.equal(all_keys, keys) and torch.equal(all_values, values)
+
+
+def test_a_full_cache_slot_refuses_more_and_says_how_much_it_holds():
+    slot, full = empty_slot(), normal(2, 4, 10, 8)
+    slot.append(full, full)
+    one = full[:, :, :1]
+    with pytest.raises(ValueError, match="holds 10 positions, and 11 were asked"):
+        slot.append(one, one)
+    assert slot.length == 10 and torch.equal(slot.keys, full), "and is left as it was"

@@ -1,0 +1,87 @@
+"""Proves the operation counts right against torch's FlopCounterMode, which counts the operations that are really run.
+
+The counter does not know the CPU's own flash kernel, so SDPA is held to its `math` backend. Its counts then equal ours exactly,
+with one difference, which a test states: the noise embedding's input needs no gradient, but is counted as if it did.
+"""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rdtrain.flops import forward_flops
+from rdtrain.model.noise import NoiseSettings
+from rdtrain.objectives import BackpropagationThroughTime, DiffusionBlocks
+
+SHAPES = pytest.mark.parametrize(
+    "batch, length, changes",
+    [
+        (1, 1, {}),
+        (2, 8, {}),
+        (3, 40, {"core_layers": 3, "coda_layers": 2, "prelude_layers": 1}),
+        (2, 8, {"width": 64, "mlp_width": 24, "heads": 2, "vocabulary_size": 90}),
+    ],
+)
+
+
+def counted(function):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def ids(batch, length):
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@SHAPES
+def test_forward_counts_of_a_model_without_noise_levels_are_exact(batch, length, changes, build_model):
+    model = build_model(False, **changes)
+    per_token, state = forward_flops(model.config, length), torch.randn(batch, length, model.config.width)
+    assert counted(lambda: model.prelude(ids(batch, length))) == per_token.prelude * batch * length
+    assert counted(lambda: model.iterate(state, state)) == per_token.iterate * batch * length
+    assert counted(lambda: model.readout(state)) == per_token.readout * batch * length
+    assert per_token.condition == 0
+
+
+@SHAPES
+def test_forward_counts_of_a_model_with_noise_levels_are_exact(batch, length, changes, build_model):
+    model = build_model(True, **changes)
+    per_token, state = forward_flops(model.config, length), torch.randn(batch, length, model.config.width)
+    conditioning = model.condition(torch.zeros(batch, 1))
+    assert counted(lambda: model.prelude(ids(batch, length))) == per_token.prelude * batch * length
+    with_modulation = counted(lambda: model.iterate(state, state, conditioning))
+    with_modulation += counted(lambda: model.readout(state, conditioning))
+    with_modulation += counted(lambda: model.condition(torch.zeros(batch, 1)))
+    expected = (per_token.iterate + per_token.readout + per_token.condition) * batch * length
+    assert with_modulation == pytest.approx(expected, rel=1e-12)  # condition is a fraction of a sequence's
+
+
+@SHAPES
+@pytest.mark.parametrize("free, trained", [(0, 4), (3, 2), (3, 1)], ids=["full", "truncated", "local"])
+def test_training_counts_of_backpropagation_through_time_are_exact_and_free_iterations_count_once(
+    free, trained, batch, length, changes, build_model, random_of
+):
+    model, objective = build_model(False, **changes), BackpropagationThroughTime(free, trained, 4)
+    tokens = ids(batch, length + 1)
+    actual = counted(lambda: objective(model, tokens, random_of(range(batch))).value.backward())
+    assert objective.training_flops(model.config, length) * batch * length == actual
+
+
+@SHAPES
+def test_training_counts_of_diffusion_blocks_are_exact_but_for_one_gradient_that_nobody_needs(
+    batch, length, changes, build_model, random_of
+):
+    model, objective = build_model(True, **changes), DiffusionBlocks(NoiseSettings(), 4)
+    tokens = ids(batch, length + 1)
+    actual = counted(lambda: objective(model, tokens, random_of(range(batch))).value.backward())
+    unneeded = 2 * 128 * 128 * batch  # the gradient of the noise embedding's sine and cosine features
+    expected = objective.training_flops(model.config, length) * batch * length
+    assert expected - unneeded == pytest.approx(actual, rel=1e-12)
+
+
+def test_the_unneeded_gradient_is_nothing_at_the_size_of_a_real_run(build_model):
+    with torch.device("meta"):
+        config = build_model(True, width=512, heads=8, mlp_width=1536, core_layers=4, vocabulary_size=8192).config
+    per_token = DiffusionBlocks(NoiseSettings(), 32).training_flops(config, 512)
+    assert 2 * 128 * 128 / 512 / per_token < 1e-6

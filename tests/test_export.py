@@ -1,0 +1,86 @@
+"""An exported folder computes what the training model does, and generates text in a process that cannot import rdtrain."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdtrain import export as export_module
+from rdtrain.checkpoint import load_weights
+from rdtrain.config import load_config
+from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.objectives import build_objective
+from rdtrain.randomness import SampleRandom
+from rdtrain.train import train
+
+ALONE = "import sys, runpy; sys.modules['rdtrain'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.fixture(params=["diffusion_blocks", "bptt"])
+def exported(request, tiny_config, tmp_path, rdtrain) -> Path:
+    """The folder of a tiny model, exported by the command."""
+    config = load_config(tiny_config(objective={"name": request.param, "free_iterations": 3, "trained_iterations": 1}))
+    assert train(config) == 0
+    result = rdtrain("export", tmp_path / "run", "--output", tmp_path / "model")
+    assert result.returncode == 0 and "bit for bit" in result.stdout, result.stderr
+    return tmp_path / "model"
+
+
+def alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """`python FOLDER ARGUMENTS` where `import rdtrain` fails, from another directory."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder), *arguments], cwd=folder.parent, env=environment, capture_output=True, text=True,
+    )
+
+
+def test_the_folder_holds_the_packages_own_files_and_the_training_models_logits(exported, tmp_path):
+    package = Path(export_module.__file__).parent / "model"
+    for file in package.glob("*.py"):
+        assert (exported / file.name).read_bytes() == file.read_bytes()
+    settings = json.loads((exported / "config.json").read_text())
+    model = RecurrentDepthLM(ModelConfig(**settings["model"]))
+    load_weights(tmp_path / "run/checkpoints/step-00000008", model)
+    theirs = export_module.load_exported(exported).TextGenerator.load(exported, "cpu").model
+    assert type(theirs) is not RecurrentDepthLM
+    config = load_config(tmp_path / "run.yaml")
+    objective = build_objective(config.objective, config.noise, config.model.iterations)
+    ids = torch.randint(800, (3, 20))
+    ours, exported_logits = (objective.next_token_logits(one, ids, SampleRandom(0, range(3), ids.device)) for one in (model, theirs))
+    assert torch.equal(ours, exported_logits)
+
+
+def test_it_generates_text_where_rdtrain_cannot_be_imported(exported):
+    blocked = subprocess.run([sys.executable, "-c", ALONE.split("sys.argv")[0] + "import rdtrain"], capture_output=True, text=True)
+    assert "import of rdtrain halted" in blocked.stderr  # the block works
+    runs = [alone(exported, "--prompt", "The function", "--max-new-tokens", "12", "--seed", "3", *extra) for extra in ([], ["--no-cache"])]
+    for result in runs:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("The function") and len(result.stdout) > 20
+        assert "K = 4" in result.stderr
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
+    result = rdtrain("generate", exported, "--prompt", "A", "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5")
+    assert result.returncode == 0 and result.stderr.count("K = 2") == 2, result.stderr
+    assert "--temperature" in rdtrain("generate", exported, "--help").stdout
+
+
+@pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)
+def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported, tmp_path, rdtrain, refused):
+    result = alone(exported, "--prompt", "A", "--iterations", "0")
+    assert result.returncode == 1 and "at least one iteration" in result.stderr and "Traceback" not in result.stderr
+    refused(rdtrain("export", tmp_path / "run", "--output", exported), "exists already", "overwrite")
+    refused(rdtrain("export", tmp_path, "--output", tmp_path / "other"), "holds no checkpoint")
+    refused(rdtrain("generate", tmp_path / "run"), "not an exported model", "rdtrain export")
+    weights = exported / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    result = alone(exported, "--prompt", "A")
+    assert result.returncode == 1 and "is not a whole exported model" in result.stderr and "Traceback" not in result.stderr
+    assert rdtrain("export", tmp_path / "run", "--output", exported, "--overwrite").returncode == 0
+    assert alone(exported, "--prompt", "A", "--max-new-tokens", "2").returncode == 0

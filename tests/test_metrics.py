@@ -1,0 +1,59 @@
+"""Metrics: means are taken over everything, and wandb offline really writes them."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdtrain.config import load_config
+from rdtrain.distributed import World
+from rdtrain.metrics import MetricSums, read_metrics
+from rdtrain.train import train
+
+
+def test_means_weigh_every_count_alike_and_start_anew():
+    sums = MetricSums()
+    sums.add({"loss": (torch.tensor(6.0), torch.tensor(2.0)), "parts": (torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))})
+    sums.add({"loss": (torch.tensor(1.0), torch.tensor(5.0)), "parts": (torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]))})
+    world = World(0, 1, 0, torch.device("cpu"))
+    assert sums.means(world) == {"loss": 1.0, "parts": [2.0, None]}
+    assert sums.means(world) == {}
+
+
+def wandb_records(file: Path) -> list[bytes]:
+    """The records of a .wandb file: a LevelDB log (blocks of 32 KiB, records in fragments) behind a header of seven bytes."""
+    data, records, at = file.read_bytes(), [], 7
+    assert data.startswith(b":W&B")
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left  # padding: a fragment's own header would not fit
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        fragment = data[at + 7 : at + 7 + length]
+        if kind in (1, 2):  # whole, or first
+            records.append(fragment)
+        else:
+            records[-1] += fragment
+        at += 7 + length
+    return records
+
+
+def test_wandb_offline_writes_a_run_folder_that_holds_the_metrics(tiny_config, tmp_path):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    assert train(load_config(tiny_config(logging={"wandb": "offline"}))) == 0
+    (file,) = tmp_path.glob("run/wandb/offline-run-*/*.wandb")
+    records = [Record.FromString(data) for data in wandb_records(file)]
+    history = [
+        {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    expected = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert len(history) == len(expected) == 9  # before the first step, and eight steps
+    for row, record in zip(history, expected):
+        assert float(row.get("loss", "nan")) == pytest.approx(record.get("loss", math.nan), nan_ok=True)
+    assert float(history[-1]["validation_nll"]) == pytest.approx(expected[-1]["validation_nll"])
+    assert "loss_by_iteration/01" in {key for row in history for key in row}

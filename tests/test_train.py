@@ -1,0 +1,144 @@
+"""A training run in one process: it learns, resumes bit for bit, stops when asked, and refuses to mix two runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rdtrain.config import load_config
+from rdtrain.metrics import read_metrics
+from rdtrain.train import INTERRUPTED, train
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [(record["step"], record["loss"], record["gradient_norm"]) for record in read_metrics(folder / "metrics.jsonl")[1:]]
+
+
+@pytest.mark.parametrize("objective", [{"name": "diffusion_blocks"}, {"name": "bptt", "free_iterations": 3, "trained_iterations": 2}])
+def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_path, objective):
+    config = load_config(tiny_config(objective=objective, schedule={"steps": 40}, evaluation={"interval": 20}))
+    assert train(config) == 0
+    folder = tmp_path / "run"
+    records = read_metrics(folder / "metrics.jsonl")
+    evaluated = {record["step"]: record["validation_nll"] for record in records if "validation_nll" in record}
+    assert list(evaluated) == [0, 20, 40]
+    assert evaluated[40] < evaluated[0] - 0.5
+    assert json.loads((folder / "run.json").read_text())["total_steps"] == 40
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000036", "step-00000040"]
+    if objective["name"] == "diffusion_blocks":
+        assert len(records[1]["loss_by_iteration"]) == 4
+
+
+@pytest.mark.parametrize("objective", ["diffusion_blocks", "bptt"])
+def test_an_interrupted_and_resumed_run_is_bit_identical(tiny_config, tmp_path, objective):
+    settings = {"objective": {"name": objective, "free_iterations": 3, "trained_iterations": 2}, "logging": {"interval": 1}}
+    assert train(load_config(tiny_config("whole", **settings))) == 0
+    parts = load_config(tiny_config("parts", **settings))
+    stopped_at = _stop_in_step(parts, 5)
+    assert 4 <= stopped_at < 8
+    assert train(parts) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    weights = [load_file(tmp_path / run / "checkpoints/step-00000008/model.safetensors") for run in ("whole", "parts")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def _stop_in_step(config, step: int) -> int:
+    """Send this process SIGTERM in the given step of a run; returns the step at which the run stopped."""
+    from rdtrain import train as module
+
+    original, calls = module.learning_rate, []
+
+    def learning_rate(at, *arguments):
+        if at == step - 1 and not calls:
+            calls.append(os.kill(os.getpid(), signal.SIGTERM))
+        return original(at, *arguments)
+
+    module.learning_rate = learning_rate
+    try:
+        assert train(config) == INTERRUPTED
+    finally:
+        module.learning_rate = original
+    return read_metrics(Path(config.run.folder) / "metrics.jsonl")[-1]["step"]
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(tiny_config, tmp_path):
+    """SIGKILL leaves no time to save: the steps since the checkpoint are trained again, to the same losses."""
+    settings = {"schedule": {"steps": 60}, "checkpoint": {"interval": 5}, "evaluation": {"interval": 60}}
+    assert train(load_config(tiny_config("whole", **settings))) == 0
+    command = [sys.executable, "-m", "rdtrain.cli", "train", "--config", str(tiny_config("parts", **settings))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "parts/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or len(read_metrics(metrics)) < 13:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_complete_run_is_left_as_it_is(tiny_config, tmp_path, capsys):
+    config = load_config(tiny_config())
+    assert train(config) == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert train(config) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_flops_budget_sets_the_steps(tiny_config, tmp_path):
+    config = load_config(tiny_config(schedule={"steps": None, "training_flops": 2e9}))
+    assert train(config) == 0
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    cost = facts["training_flops_per_token"] * facts["tokens_per_step"]
+    assert facts["total_steps"] == int(2e9 / cost) > 1
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["training_flops"] == pytest.approx(facts["total_steps"] * cost)
+
+
+def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path):
+    for micro in (2, 8):
+        assert train(load_config(tiny_config(f"micro-{micro}", batch={"micro_sequences": micro}))) == 0
+    for (_, loss, norm), (_, whole_loss, whole_norm) in zip(losses(tmp_path / "micro-2"), losses(tmp_path / "micro-8")):
+        assert loss == pytest.approx(whole_loss, abs=1e-5) and norm == pytest.approx(whole_norm, rel=1e-4)
+
+
+def test_a_new_run_starts_from_the_weights_of_another(tiny_config, tmp_path):
+    assert train(load_config(tiny_config("first"))) == 0
+    last = tmp_path / "first/checkpoints/step-00000008"
+    assert train(load_config(tiny_config("second", checkpoint={"start_from": str(last)}))) == 0
+    end, start = read_metrics(tmp_path / "first/metrics.jsonl")[-1], read_metrics(tmp_path / "second/metrics.jsonl")[0]
+    assert start["validation_nll"] == end["validation_nll"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, rdtrain, refused):
+    config = tiny_config(optimizer={"learning_rate": 1e30, "gradient_clipping": 0.0})
+    refused(rdtrain("train", "--config", config), "not finite", "learning_rate")
+
+
+def test_another_config_in_the_same_folder_is_refused(tiny_config, rdtrain, refused):
+    config = tiny_config()
+    assert rdtrain("train", "--config", config).returncode == 0
+    refused(rdtrain("train", "--config", config, "model.width=64"), "model.width=32", "64", "run.folder")
+
+
+def test_a_folder_that_holds_something_else_is_refused(tiny_config, tmp_path, rdtrain, refused):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/letters.txt").write_text("dear")
+    refused(rdtrain("train", "--config", tiny_config()), "exists and is not a run")
+
+
+def test_a_global_batch_that_cannot_be_shared_is_refused(tiny_config, rdtrain, refused):
+    refused(rdtrain("train", "--config", tiny_config(batch={"global_sequences": 7})), "batch.global_sequences=7")
+
+
+def test_the_torch_engine_refuses_several_processes(tiny_config, deepspeed, refused):
+    result = deepspeed("--config", tiny_config())
+    assert result.returncode != 0 and "engine.name=torch runs in one process" in result.stderr
