@@ -27,6 +27,6 @@ launch() {
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
     fi
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    deepspeed --num_gpus "$processes" --master_port "$port" -- launch/train.py --config "$1" \
+    deepspeed --quiet --num_gpus "$processes" --master_port "$port" -- launch/train.py --config "$1" \
         batch.micro_sequences=$((16 / processes)) "${@:2}"
 }

@@ -45,7 +45,7 @@ echo "${text[*]-}" > "$output/text"
 
 stage "tokenizer"
 [ -e "$output/tokenizer" ] ||
-    rdtrain tokenizer train "$output/corpus/train.jsonl" --output "$output/tokenizer" --vocabulary-size 2048
+    rdtrain tokenizer train "$output/corpus/train.jsonl" --output "$output/tokenizer" --vocab-size 2048
 
 stage "shards"
 for split in train validation; do

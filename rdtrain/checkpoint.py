@@ -2,7 +2,8 @@
 
     checkpoints/step-00000200/
       state.json         step, seconds trained, model, objective, tokenizer hash, ranks: what a loader checks first
-      model.safetensors  the weights, once, in the dtype they train in; what `rdtrain export` reads
+      model.safetensors  the weights, once, in the dtype they train in; with the tokenizer, what `rdtrain export` reads
+      tokenizer.model    the tokenizer of the shards
       engine files       weights and optimizer state as the engine keeps them, a part from each rank
       random-RANK.pt     the rank's torch generators
 
@@ -56,11 +57,11 @@ def checkpoint_steps(run_folder: Path) -> list[int]:
     return sorted(int(path.parent.name.split("-")[1]) for path in run_folder.glob("checkpoints/step-*/state.json"))
 
 
-def save_checkpoint(run_folder: Path, state: dict, engine: Engine, keep: int, world: World) -> Path:
-    """Save on all ranks, rename, and drop all but the newest `keep`. Returns the checkpoint's folder.
+def save_checkpoint(run_folder: Path, state: dict, engine: Engine, tokenizer: Path, keep: int, world: World) -> None:
+    """Save on all ranks, rename, and drop all but the newest `keep`.
 
-    state must hold `step`. UserError when a file cannot be written, on the ranks where it cannot; the half-written folder is
-    removed.
+    state must hold `step`; tokenizer is the model file. UserError when a file cannot be written, on the ranks where it cannot; the
+    half-written folder is removed.
     """
     target = checkpoint_folder(run_folder, state["step"])
     temporary = target.with_name(f".{target.name}.saving")
@@ -73,6 +74,7 @@ def save_checkpoint(run_folder: Path, state: dict, engine: Engine, keep: int, wo
         torch.save(_random_state(world), temporary / f"random-{world.rank}.pt")
         if world.is_main:
             save_file({name: tensor.contiguous() for name, tensor in engine.model.state_dict().items()}, temporary / "model.safetensors")
+            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
             (temporary / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
@@ -90,7 +92,6 @@ def save_checkpoint(run_folder: Path, state: dict, engine: Engine, keep: int, wo
         os.replace(temporary, target)
         for step in checkpoint_steps(run_folder)[:-keep]:
             shutil.rmtree(checkpoint_folder(run_folder, step))
-    return target
 
 
 def read_state(folder: Path) -> dict:
@@ -103,20 +104,25 @@ def read_state(folder: Path) -> dict:
         ) from None
 
 
-def refuse_other_model(folder: Path, config: ModelConfig) -> None:
-    """UserError when the checkpoint in `folder` is of another model than `config`."""
-    theirs, ours = read_state(folder)["model"], dataclasses.asdict(config)
-    for name in ours:
-        if theirs.get(name) != ours[name]:
+def refuse_other_model(folder: Path, config: ModelConfig, tokenizer_hash: str) -> None:
+    """UserError when the checkpoint in `folder` is of another model than `config`, or of another tokenizer."""
+    state = read_state(folder)
+    for name, ours in dataclasses.asdict(config).items():
+        theirs = state["model"].get(name)
+        if theirs != ours:
             raise UserError(
-                f"checkpoint {folder} is of another model ({name} is {theirs.get(name)} there and {ours[name]} here): "
+                f"checkpoint {folder} is of another model ({name} is {theirs} there and {ours} here): "
                 "start from a checkpoint of this model, or change the config to match"
             )
+    if state["tokenizer_hash"] != tokenizer_hash:
+        raise UserError(
+            f"checkpoint {folder} was trained with tokenizer {state['tokenizer_hash'][:12]}, and the shards were written with "
+            f"{tokenizer_hash[:12]}: use shards of the checkpoint's tokenizer, which lies in that folder"
+        )
 
 
 def load_weights(folder: Path, model: RecurrentDepthLM) -> None:
-    """Load model.safetensors of a checkpoint. UserError when it is of another model, or damaged."""
-    refuse_other_model(folder, model.config)
+    """Load model.safetensors of a checkpoint. UserError when it is missing or damaged."""
     path = folder / "model.safetensors"
     try:
         model.load_state_dict(load_file(path))
@@ -125,10 +131,10 @@ def load_weights(folder: Path, model: RecurrentDepthLM) -> None:
         raise UserError(f"{path} cannot be loaded ({reason}): the file is damaged or missing; use another checkpoint") from None
 
 
-def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict:
+def load_checkpoint(folder: Path, engine: Engine, tokenizer_hash: str, world: World) -> dict:
     """Restore engine and generators on every rank; returns the state. UserError when the checkpoint does not fit the run."""
+    refuse_other_model(folder, engine.model.config, tokenizer_hash)
     state = read_state(folder)
-    refuse_other_model(folder, engine.model.config)
     if state["ranks"] != world.size:
         raise UserError(
             f"checkpoint {folder} was written by {state['ranks']} ranks and this run has {world.size}: start it with "

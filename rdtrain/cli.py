@@ -14,7 +14,7 @@ backpropagation through time, and export them for K-iteration text generation.
 
 From text to text:
   rdtrain corpus data/corpus                                  (or --text my_book.txt more/*.jsonl.gz)
-  rdtrain tokenizer train data/corpus/train.jsonl --output data/tokenizer --vocabulary-size 4096
+  rdtrain tokenizer train data/corpus/train.jsonl --output data/tokenizer --vocab-size 4096
   rdtrain shard data/corpus/train.jsonl --tokenizer data/tokenizer --output data/shards/train
   rdtrain shard data/corpus/validation.jsonl --tokenizer data/tokenizer --output data/shards/validation
   deepspeed launch/train.py --config configs/quickstart.yaml  (or, in one process, rdtrain train --config ...)
@@ -82,14 +82,14 @@ def _add_tokenizer(verbs) -> None:
     )
     parser.add_argument("inputs", type=Path, nargs="+", help="text files or folders, of any kind that `rdtrain corpus --text` reads")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocabulary-size", type=int, default=8192, help="number of tokens")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="number of tokens")
     _add_overwrite(parser)
 
 
 def _tokenizer_train(arguments) -> None:
     from .data.tokenizer_training import train_tokenizer
 
-    tokenizer = train_tokenizer(arguments.inputs, arguments.output, arguments.vocabulary_size, overwrite=arguments.overwrite)
+    tokenizer = train_tokenizer(arguments.inputs, arguments.output, arguments.vocab_size, overwrite=arguments.overwrite)
     print(f"{arguments.output}: {tokenizer.vocab_size} tokens, hash {tokenizer.hash[:12]}")
 
 
@@ -144,9 +144,12 @@ def _train(arguments) -> int:
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return 0
+    from .distributed import leave
     from .train import train
 
-    return train(config)
+    code = train(config)
+    leave()
+    return code
 
 
 def train_main() -> None:

@@ -127,8 +127,7 @@ def _report(arms: list[Arm], plot: str) -> str:
     header = ["", *(arm.name for arm in arms)]
     table = [header, ["---"] * len(header)] + [[label, *map(value, arms)] for label, value in rows]
     text = ["# Comparison", "", _lines(table), ""]
-    if len(arms) > 1:
-        text += _ratios(arms)
+    text += _ratios(arms)
     text += ["## Held-out NLL against training FLOPs", "", _lines(_curves(arms)), "", f"![held-out NLL against training FLOPs]({plot})", ""]
     text += [
         "Held-out NLL is taken from pure noise for denoising blocks (one iteration at sigma_max) and after all K iterations for an "
@@ -144,19 +143,18 @@ def _lines(table: list[list[str]]) -> str:
 
 
 def _ratios(arms: list[Arm]) -> list[str]:
-    """What the first arm costs against each other one."""
+    """What each arm with another objective costs against the first one."""
     first = arms[0]
     text = []
-    for other in arms[1:]:
-        text.append(
-            f"Against {other.name}, {first.name} needs 1/{other.training_flops_per_token / first.training_flops_per_token:.2f} of the "
-            f"training FLOPs a token, 1/{first.tokens_per_second / other.tokens_per_second:.2f} of the time a token and "
-            f"{first.peak_memory_bytes / other.peak_memory_bytes:.2f} of the peak memory."
-        )
+    for other in [arm for arm in arms[1:] if arm.objective != first.objective]:
         budget = min(first.training_flops, other.training_flops)
-        ours, theirs = _nll_at(first, budget), _nll_at(other, budget)
-        text.append(f"At {budget:.4g} training FLOPs, held-out NLL is {ours:.4f} for {first.name} and {theirs:.4f} for {other.name}.")
-        text.append("")
+        text += [
+            f"{other.name} costs {other.training_flops_per_token / first.training_flops_per_token:.2f} times the training FLOPs a token "
+            f"of {first.name}, {first.tokens_per_second / other.tokens_per_second:.2f} times the time a token and "
+            f"{other.peak_memory_bytes / max(first.peak_memory_bytes, 1):.2f} times the peak memory. At {budget:.4g} training FLOPs, held-out NLL "
+            f"is {_nll_at(first, budget):.4f} for {first.name} and {_nll_at(other, budget):.4f} for {other.name}.",
+            "",
+        ]
     return text
 
 

@@ -66,6 +66,13 @@ class World:
         return values
 
 
+def leave() -> None:
+    """Leave the process group, if there is one, once all ranks are done with it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @contextmanager
 def stop_signals(world: World):
     """Turn SIGINT and SIGTERM into a question that all ranks answer alike.

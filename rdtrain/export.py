@@ -7,8 +7,8 @@
       *.py                rdtrain/model, byte for byte: `python OUTPUT --prompt TEXT` runs it
       README.md           what it is and how it was trained
 
-The export is called done only when the folder's own code, loaded apart from rdtrain, has computed the same logits as the training
-model, bit for bit.
+The export is called done only when the folder's own code, loaded apart from rdtrain, has computed the same logits and tokens as the
+training model, bit for bit.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ import torch
 from .checkpoint import checkpoint_folder, checkpoint_steps, load_weights, read_state
 from .data.output import output_folder
 from .errors import UserError
-from .model import recurrent
+from .model import generation, recurrent
 from .model.noise import NoiseSettings
 from .objectives import ObjectiveSettings, build_objective
 from .randomness import SampleRandom
@@ -44,12 +44,11 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
     model = recurrent.RecurrentDepthLM(recurrent.ModelConfig(**state["model"]))
     dtype = getattr(torch, state["precision"])
     load_weights(source, model.to(dtype))
-    shards = Path(state["config"]["data"]["train"])
     with output_folder(output, "config.json", overwrite) as folder:
         for file in sorted(MODEL_FILES.glob("*.py")):
             shutil.copyfile(file, folder / file.name)
-        shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
-        shutil.copyfile(shards / "tokenizer.model", folder / "tokenizer.model")
+        for name in ("model.safetensors", "tokenizer.model"):
+            shutil.copyfile(source / name, folder / name)
         config = {
             "format": 1,
             "model": state["model"],
@@ -63,21 +62,25 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").write_text(_model_card(config, state))
         _verify(folder, model)
-    print(f"{output}: exported from {source}; its own code gives the training model's logits bit for bit")
+    print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit")
 
 
 def _verify(folder: Path, model: recurrent.RecurrentDepthLM) -> None:
-    """AssertionError when the folder's own code and files do not compute what the training model does."""
-    generation = load_exported(folder)
-    exported = generation.TextGenerator.load(folder, device="cpu")
-    ids = torch.randint(model.config.vocabulary_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    """AssertionError when the folder's own code and files do not compute what the training model does: logits and a continuation."""
+    theirs = load_exported(folder)
+    exported = theirs.TextGenerator.load(folder, device="cpu")
+    ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     name = "diffusion_blocks" if model.config.noise_conditioning else "bptt"
     objective = build_objective(ObjectiveSettings(name), NoiseSettings(), iterations=2)
     with torch.no_grad():
-        ours, theirs = (
-            objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)
-        )
-    assert torch.equal(ours, theirs), f"the exported model in {folder} computes other logits than the training model"
+        logits = [objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)]
+    assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
+    continuations = [
+        torch.stack(list(code.generate(one, ids, 4, 2, noise, code.Sampling(0.0), seed=0)))
+        for code, one, noise in ((generation, model, NoiseSettings()), (theirs, exported.model, theirs.NoiseSettings()))
+    ]
+    assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
 
 
 def load_exported(folder: Path):
@@ -101,7 +104,7 @@ def _model_card(config: dict, state: dict) -> str:
     return f"""# {state['name']}
 
 A recurrent-depth language model made with rdtrain: {model['prelude_layers']} prelude, {model['core_layers']} core and
-{model['coda_layers']} coda layers of width {model['width']}, {state['parameters']:,} parameters, vocabulary {model['vocabulary_size']:,};
+{model['coda_layers']} coda layers of width {model['width']}, {state['parameters']:,} parameters, vocabulary {model['vocab_size']:,};
 the core runs K = {model['iterations']} times a token. {trained}
 
 Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} tokens, in {config['dtype']}.

@@ -32,6 +32,6 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
     return ForwardFlops(
         prelude=config.prelude_layers * layer,
         iterate=2 * (2 * width) * width + config.core_layers * layer,
-        readout=config.coda_layers * layer + 2 * width * config.vocabulary_size,
+        readout=config.coda_layers * layer + 2 * width * config.vocab_size,
         condition=condition,
     )

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -41,7 +41,7 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
     recorded = folder / "config.yaml"
     if recorded.exists():
         _refuse_other_config(recorded, config)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
         raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,16 +87,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 def record_facts(folder: Path, facts: dict) -> None:
     """Write run.json: `facts`, and the command, versions and machine of this start."""
-    packages = ("torch", "deepspeed", "transformers", "zarr", "sentencepiece")
+    packages = ("rdtrain", "torch", "deepspeed", "transformers", "zarr", "sentencepiece")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()} CPU"
     facts = facts | {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": f"{machine}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "versions": {"rdtrain": version("rdtrain")} | {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
     write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source
+        return None
 
 
 class PeakMemory:

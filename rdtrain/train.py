@@ -42,6 +42,7 @@ class Plan:
     model: ModelConfig
     loader: Loader
     evaluator: Evaluator
+    tokenizer: Path
     tokenizer_hash: str
     accumulation: int
     tokens_per_step: int
@@ -56,10 +57,10 @@ class Plan:
         length = config.data.sequence_length
         objective = build_objective(config.objective, config.noise, config.model.iterations)
         model = ModelConfig(
-            **asdict(config.model), vocabulary_size=shards.vocab_size, noise_conditioning=objective.noise_conditioning
+            **asdict(config.model), vocab_size=shards.vocab_size, noise_conditioning=objective.noise_conditioning
         )
         if config.checkpoint.start_from:
-            refuse_other_model(Path(config.checkpoint.start_from), model)
+            refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         tokens_per_step = config.batch.global_sequences * length
         flops_per_step = objective.training_flops(model, length) * tokens_per_step
         return cls(
@@ -67,6 +68,7 @@ class Plan:
             model=model,
             loader=Loader(shards, length, config.run.seed),
             evaluator=Evaluator(validation, length, config.evaluation, config.batch.micro_sequences, world),
+            tokenizer=shards.path / "tokenizer.model",
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
             tokens_per_step=tokens_per_step,
@@ -83,12 +85,12 @@ def train(config: Config) -> int:
     world = World.from_environment()
     plan = Plan.make(config, world)
     with claimed(config, world) as folder:
-        saved = checkpoint_steps(folder)
+        start_processes(config.engine, world)
+        saved = world.gather(checkpoint_steps(folder))[0]  # rank 0 speaks for all: it has the lock
         if saved and saved[-1] >= plan.total_steps:
             if world.is_main:
                 print(f"{folder} is complete at step {saved[-1]}; nothing to do")
             return 0
-        start_processes(config.engine, world)
         memory = PeakMemory(world.device)
         torch.manual_seed(config.run.seed)
         model = RecurrentDepthLM(plan.model)
@@ -98,7 +100,9 @@ def train(config: Config) -> int:
         engine = build_engine(
             config.engine, model, plan.objective, config.optimizer, config.batch.micro_sequences, plan.accumulation, world
         )
-        state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, world) if saved else {"step": 0, "seconds": 0.0}
+        state = {"step": 0, "seconds": 0.0}
+        if saved:
+            state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, plan.tokenizer_hash, world)
         dtype = config.engine.dtype(world.device)
         facts = {
             "name": config.run.name,
@@ -183,7 +187,8 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                     progress.set_postfix_str(f"loss {means['loss']:.3f}, held-out NLL {record['validation_nll']:.3f}")
                 logger.log(record)
             if stop or last or step % config.checkpoint.interval == 0:
-                save_checkpoint(folder, {"step": step, "seconds": seconds} | facts, engine, config.checkpoint.keep, world)
+                state = {"step": step, "seconds": seconds} | facts
+                save_checkpoint(folder, state, engine, plan.tokenizer, config.checkpoint.keep, world)
             if stop and not last:
                 if world.is_main:
                     progress.close()

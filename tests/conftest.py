@@ -47,7 +47,7 @@ def build_model(perturb):
     def build(noise_conditioning: bool = False, perturbed: bool = True, seed: int = 0, **changes) -> RecurrentDepthLM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            settings = {**TINY, "vocabulary_size": 50, "noise_conditioning": noise_conditioning, **changes}
+            settings = {**TINY, "vocab_size": 50, "noise_conditioning": noise_conditioning, **changes}
             model = RecurrentDepthLM(ModelConfig(**settings))
         return perturb(model, seed) if perturbed else model
 

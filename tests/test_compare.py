@@ -26,7 +26,7 @@ def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
         assert len(arm["curve"]) == 3 and arm["curve"][-1] == [last["training_flops"], last["validation_nll"]]
     assert "| objective | diffusion_blocks | bptt 3 + 2 |" in text and "a sweep" in text
     ratio = bptt["training_flops_per_token"] / blocks["training_flops_per_token"]
-    assert ratio > 1 and f"1/{ratio:.2f} of the training FLOPs a token" in text
+    assert ratio > 1 and f"bptt costs {ratio:.2f} times the training FLOPs a token of blocks" in text
     # At the smaller budget the curve of that run has its end, and the other is interpolated between its evaluations.
     assert f"{blocks['validation_nll']:.4f} for blocks" in text
     assert (tmp_path / "report/nll-against-flops.png").read_bytes().startswith(b"\x89PNG")

@@ -69,17 +69,17 @@ class ModelSettings:
 class ModelConfig(ModelSettings):
     """A model in full: the settings, and what follows from the tokenizer and the objective.
 
-    vocabulary_size: rows of the embedding.
+    vocab_size: rows of the embedding.
     noise_conditioning: whether core and coda layers take a noise level.
     """
 
-    vocabulary_size: int = 0
+    vocab_size: int = 0
     noise_conditioning: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.vocabulary_size < 1:
-            raise ValueError(f"vocabulary_size must be at least 1, and it is {self.vocabulary_size}")
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, and it is {self.vocab_size}")
 
 
 class NoiseEmbedding(nn.Module):
@@ -104,7 +104,7 @@ class RecurrentDepthLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
 
         def layers(count: int, conditioned: bool) -> nn.ModuleList:

@@ -35,7 +35,7 @@ def plain_losses(path: Path) -> list[float]:
     torch.manual_seed(config.run.seed)
     shape = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__}
     model = RecurrentDepthLM(
-        ModelConfig(**shape, vocabulary_size=reader.vocab_size, noise_conditioning=config.objective.name == "diffusion_blocks")
+        ModelConfig(**shape, vocab_size=reader.vocab_size, noise_conditioning=config.objective.name == "diffusion_blocks")
     )
     settings, steps, losses = config.optimizer, config.schedule.steps, []
     optimizer = torch.optim.AdamW(

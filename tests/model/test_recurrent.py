@@ -31,7 +31,7 @@ def count(module):
 
 
 def test_parameter_counts_are_huginns_less_its_query_and_key_biases():
-    config = ModelConfig(width=5280, heads=55, mlp_width=17920, vocabulary_size=65536)
+    config = ModelConfig(width=5280, heads=55, mlp_width=17920, vocab_size=65536)
     with torch.device("meta"):
         model = RecurrentDepthLM(config)
     biases = 2 * 5280  # of one layer; the released 3.5B model learns them, we have none
@@ -48,7 +48,7 @@ def test_parameter_counts_are_huginns_less_its_query_and_key_biases():
 def wide_model():
     """d = 512 and 132 unrolled layers, as in Huginn's small runs."""
     torch.manual_seed(0)
-    return RecurrentDepthLM(ModelConfig(mlp_width=512, vocabulary_size=300, noise_conditioning=True))
+    return RecurrentDepthLM(ModelConfig(mlp_width=512, vocab_size=300, noise_conditioning=True))
 
 
 def test_initial_weights_are_truncated_normals_of_huginns_two_deviations(wide_model):
@@ -188,7 +188,7 @@ def test_a_model_fed_in_chunks_through_its_cache_equals_the_whole_sequence_at_on
 
 
 def test_a_cache_has_slots_of_their_own_for_each_iteration_and_layer():
-    config = ModelConfig(width=32, heads=4, prelude_layers=1, core_layers=3, coda_layers=2, vocabulary_size=50)
+    config = ModelConfig(width=32, heads=4, prelude_layers=1, core_layers=3, coda_layers=2, vocab_size=50)
     like = torch.zeros(1, dtype=torch.bfloat16)
     cache = KeyValueCache(config, iterations=5, coda_iterations=1, batch=2, capacity=7, like=like)
     slots = [*cache.prelude, *(slot for part in (cache.core, cache.coda) for iteration in part for slot in iteration)]
@@ -266,7 +266,7 @@ def test_widths_that_do_not_split_into_heads_with_rotary_pairs_are_refused(width
 
 
 def test_a_model_without_a_vocabulary_is_refused_and_a_config_checks_its_settings_too():
-    with pytest.raises(ValueError, match="vocabulary_size must be at least 1, and it is 0"):
+    with pytest.raises(ValueError, match="vocab_size must be at least 1, and it is 0"):
         ModelConfig()
     with pytest.raises(ValueError, match="core_layers"):
-        ModelConfig(core_layers=0, vocabulary_size=50)
+        ModelConfig(core_layers=0, vocab_size=50)

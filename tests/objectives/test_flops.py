@@ -19,7 +19,7 @@ SHAPES = pytest.mark.parametrize(
         (1, 1, {}),
         (2, 8, {}),
         (3, 40, {"core_layers": 3, "coda_layers": 2, "prelude_layers": 1}),
-        (2, 8, {"width": 64, "mlp_width": 24, "heads": 2, "vocabulary_size": 90}),
+        (2, 8, {"width": 64, "mlp_width": 24, "heads": 2, "vocab_size": 90}),
     ],
 )
 
@@ -82,6 +82,6 @@ def test_training_counts_of_diffusion_blocks_are_exact_but_for_one_gradient_that
 
 def test_the_unneeded_gradient_is_nothing_at_the_size_of_a_real_run(build_model):
     with torch.device("meta"):
-        config = build_model(True, width=512, heads=8, mlp_width=1536, core_layers=4, vocabulary_size=8192).config
+        config = build_model(True, width=512, heads=8, mlp_width=1536, core_layers=4, vocab_size=8192).config
     per_token = DiffusionBlocks(NoiseSettings(), 32).training_flops(config, 512)
     assert 2 * 128 * 128 / 512 / per_token < 1e-6
