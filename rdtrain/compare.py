@@ -151,8 +151,8 @@ def _ratios(arms: list[Arm]) -> list[str]:
         text += [
             f"{other.name} costs {other.training_flops_per_token / first.training_flops_per_token:.2f} times the training FLOPs a token "
             f"of {first.name}, {first.tokens_per_second / other.tokens_per_second:.2f} times the time a token and "
-            f"{other.peak_memory_bytes / max(first.peak_memory_bytes, 1):.2f} times the peak memory. At {budget:.4g} training FLOPs, held-out NLL "
-            f"is {_nll_at(first, budget):.4f} for {first.name} and {_nll_at(other, budget):.4f} for {other.name}.",
+            f"{other.peak_memory_bytes / max(first.peak_memory_bytes, 1):.2f} times the peak memory. At {budget:.4g} training FLOPs, "
+            f"held-out NLL is {_nll_at(first, budget):.4f} for {first.name} and {_nll_at(other, budget):.4f} for {other.name}.",
             "",
         ]
     return text

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -88,15 +89,22 @@ def write_atomically(path: Path, text: str) -> None:
 def record_facts(folder: Path, facts: dict) -> None:
     """Write run.json: `facts`, and the command, versions and machine of this start."""
     packages = ("rdtrain", "torch", "deepspeed", "transformers", "zarr", "sentencepiece")
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()} CPU"
     facts = facts | {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": f"{machine}, {os.cpu_count()} cores",
+        "machine": torch.cuda.get_device_name() if facts["device"] == "cuda" else f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
     }
     write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _processor() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    except (OSError, AttributeError):
+        return platform.machine()
 
 
 def _version(package: str) -> str | None:

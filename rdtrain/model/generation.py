@@ -185,16 +185,13 @@ class TextGenerator:
         ids = torch.tensor([self.tokenizer.encode(prompt, bos=True)], device=device)
         tokens, shown = [], 0
         iterations = self.iterations if iterations is None else iterations
-        for chosen in generate(
-            self.model, ids, max_new_tokens, iterations, self.noise, sampling or Sampling(), seed, use_cache
-        ):
+        steps = generate(self.model, ids, max_new_tokens, iterations, self.noise, sampling or Sampling(), seed, use_cache)
+        for number, chosen in enumerate(steps, start=1):
             if chosen.item() == self.tokenizer.eos_id:
-                break
+                return
             tokens.append(chosen.item())
             text = self.tokenizer.decode(tokens)
-            whole = text.rstrip("\ufffd")  # bytes of a character that is not complete yet
-            yield whole[shown:]
-            shown = max(shown, len(whole))
-        else:
-            if tokens:
-                yield self.tokenizer.decode(tokens)[shown:]
+            if number < max_new_tokens:
+                text = text.rstrip("\ufffd")  # bytes of a character that is not complete yet
+            yield text[shown:]
+            shown = max(shown, len(text))
