@@ -196,26 +196,22 @@ def _export(arguments) -> None:
 
 
 def _add_generate(verbs) -> None:
-    parser = verbs.add_parser(
-        "generate", help="generate text with an exported folder", add_help=False,
-        description="Runs the exported folder's own program in a process of its own, with the arguments that follow.",
+    parser = _verb(
+        verbs, "generate", _generate, "generate text with an exported folder",
+        "Runs the exported folder's own program, in a process of its own, with the arguments that follow the folder; "
+        "`rdtrain generate FOLDER --help` lists them.",
     )
-    parser.add_argument("folder", type=Path, nargs="?", help="an exported folder")
+    parser.add_argument("folder", type=Path, help="an exported folder")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on: --prompt, --iterations, --temperature ...")
-    parser.set_defaults(run=_generate)
 
 
 def _generate(arguments) -> int:
     import subprocess
     import sys
 
-    folder = arguments.folder
-    if folder is None or not (folder / "__main__.py").is_file():
-        raise UserError(
-            f"{folder or 'no folder given'}: not an exported model; make one with `rdtrain export RUN --output FOLDER`, then "
-            "`rdtrain generate FOLDER --prompt TEXT`"
-        )
-    return subprocess.run([sys.executable, str(folder), *arguments.arguments]).returncode
+    if not (arguments.folder / "__main__.py").is_file():
+        raise UserError(f"{arguments.folder} is not an exported model: make one with `rdtrain export RUN --output FOLDER`")
+    return subprocess.run([sys.executable, str(arguments.folder), *arguments.arguments]).returncode
 
 
 def _load_tokenizer(path: Path):

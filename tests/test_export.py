@@ -75,6 +75,8 @@ def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
 def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported, tmp_path, rdtrain, refused):
     result = alone(exported, "--prompt", "A", "--iterations", "0")
     assert result.returncode == 1 and "at least one iteration" in result.stderr and "Traceback" not in result.stderr
+    result = alone(exported, "--device", "nonsense")
+    assert result.returncode == 1 and "there is no device nonsense here" in result.stderr and "Traceback" not in result.stderr
     refused(rdtrain("export", tmp_path / "run", "--output", exported), "exists already", "overwrite")
     refused(rdtrain("export", tmp_path, "--output", tmp_path / "other"), "holds no checkpoint")
     refused(rdtrain("generate", tmp_path / "run"), "not an exported model", "rdtrain export")

@@ -50,7 +50,7 @@ def main() -> None:
             rate = count / (time.perf_counter() - started)
             print(f"\n[{count} tokens, K = {arguments.iterations or generator.iterations}, {rate:.1f} tokens/s]", file=sys.stderr)
     except (ValueError, OSError) as error:
-        sys.exit(f"{FOLDER.name}: {error}")
+        sys.exit(f"\n{FOLDER.name}: {error}")
 
 
 if __name__ == "__main__":

@@ -159,8 +159,15 @@ class TextGenerator:
 
     @classmethod
     def load(cls, folder: Path, device: str | None = None) -> "TextGenerator":
-        """Read config.json, model.safetensors and tokenizer.model. ValueError, in one sentence, when one is missing or damaged."""
+        """Read config.json, model.safetensors and tokenizer.model onto a device (CUDA where there is one).
+
+        ValueError, in one sentence, when a file is missing or damaged or there is no such device.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):
+            raise ValueError(f"there is no device {device} here: choose cpu, or leave the choice to the program") from None
         try:
             config = json.loads((folder / "config.json").read_text())
             model = RecurrentDepthLM(ModelConfig(**config["model"]))
