@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .distributed import World
 from .errors import UserError
+from .objectives import Metrics
 
 
 @dataclass
@@ -87,7 +88,7 @@ class MetricSums:
     def __init__(self):
         self._totals: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add(self, metrics: Metrics) -> None:
         """Add one micro-batch's metrics, without waiting for the device."""
         for name, (sums, counts) in metrics.items():
             before = self._totals.get(name, (0, 0))

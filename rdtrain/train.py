@@ -156,16 +156,18 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
             stop = stop_agreed()
             last = step == plan.total_steps
             evaluate = last or step % config.evaluation.interval == 0
-            log = evaluate or step % config.logging.interval == 0
+            save = stop or last or step % config.checkpoint.interval == 0
+            log = save or evaluate or step % config.logging.interval == 0
             if log and world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - started
             progress.update()
             if log:
                 means = sums.means(world)
-                if not math.isfinite(means["loss"]):
+                gradient_norm = engine.gradient_norm()
+                if not (math.isfinite(means["loss"]) and math.isfinite(gradient_norm)):  # before it could be saved
                     raise UserError(
-                        f"the loss is not finite at step {step} of {folder}: lower optimizer.learning_rate (now "
+                        f"the loss or its gradient is not finite at step {step} of {folder}: lower optimizer.learning_rate (now "
                         f"{config.optimizer.learning_rate}) or set optimizer.gradient_clipping, and start a new run.folder"
                     )
                 step_seconds = (seconds - logged_seconds) / (step - logged_step)
@@ -177,7 +179,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                     "seconds": seconds,
                     **means,
                     "learning_rate": rate,
-                    "gradient_norm": engine.gradient_norm(),
+                    "gradient_norm": gradient_norm,
                     "step_seconds": step_seconds,
                     "tokens_per_second": plan.tokens_per_step / step_seconds,
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
@@ -186,7 +188,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                     record |= plan.evaluator(engine, plan.objective)
                     progress.set_postfix_str(f"loss {means['loss']:.3f}, held-out NLL {record['validation_nll']:.3f}")
                 logger.log(record)
-            if stop or last or step % config.checkpoint.interval == 0:
+            if save:
                 state = {"step": step, "seconds": seconds} | facts
                 save_checkpoint(folder, state, engine, plan.tokenizer, config.checkpoint.keep, world)
             if stop and not last:

@@ -118,9 +118,14 @@ def test_a_new_run_starts_from_the_weights_of_another(tiny_config, tmp_path):
     assert start["validation_nll"] == end["validation_nll"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, rdtrain, refused):
-    config = tiny_config(optimizer={"learning_rate": 1e30, "gradient_clipping": 0.0})
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_config, tmp_path, rdtrain, refused):
+    config = tiny_config(
+        optimizer={"learning_rate": 1e30, "gradient_clipping": 0.0}, logging={"interval": 100}, evaluation={"interval": 100},
+        schedule={"steps": 40}, checkpoint={"interval": 2},
+    )
     refused(rdtrain("train", "--config", config), "not finite", "learning_rate")
+    for weights in (tmp_path / "run/checkpoints").glob("*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
 
 
 def test_another_config_in_the_same_folder_is_refused(tiny_config, rdtrain, refused):

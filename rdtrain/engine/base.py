@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.recurrent import RecurrentDepthLM
-from ..objectives import Loss, Objective
+from ..objectives import Loss, Metrics, Objective
 from ..randomness import SampleRandom
 
 MicroBatch = tuple[Tensor, SampleRandom]
@@ -49,8 +49,10 @@ class TrainingModule(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, tokens: Tensor, random: SampleRandom) -> Loss:
-        return self.objective(self.model, tokens, random)
+    def forward(self, tokens: Tensor, random: SampleRandom) -> tuple[Tensor, Metrics]:
+        """The parts of a Loss, as a plain tuple: engines look for tensors in what comes out, and do not look into other classes."""
+        loss = self.objective(self.model, tokens, random)
+        return loss.value, loss.metrics
 
 
 class Engine(ABC):

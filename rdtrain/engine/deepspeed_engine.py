@@ -80,7 +80,7 @@ class DeepSpeedEngine(Engine):
             group["lr"] = learning_rate
         losses = []
         for tokens, random in micro_batches:
-            loss = self._engine(tokens, random)
+            loss = Loss(*self._engine(tokens, random))
             self._engine.backward(loss.value)
             self._engine.step()  # DeepSpeed counts micro-batches itself and updates at the last
             losses.append(loss)

@@ -32,7 +32,7 @@ class TorchEngine(Engine):
         losses = []
         for tokens, random in micro_batches:
             with self.autocast:
-                loss = self._module(tokens, random)
+                loss = Loss(*self._module(tokens, random))
             (loss.value / self._accumulation).backward()
             losses.append(loss)
         self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clipping)

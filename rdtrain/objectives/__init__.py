@@ -1,11 +1,11 @@
 """The objectives by name. Objectives know the model; the model knows nothing of them."""
 
 from ..model.noise import NoiseSettings
-from .base import Loss, Objective, ObjectiveSettings
+from .base import Loss, Metrics, Objective, ObjectiveSettings
 from .bptt import BackpropagationThroughTime
 from .diffusion_blocks import DiffusionBlocks
 
-__all__ = ["Loss", "Objective", "ObjectiveSettings", "build_objective"]
+__all__ = ["Loss", "Metrics", "Objective", "ObjectiveSettings", "build_objective"]
 
 
 def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int) -> Objective:

@@ -35,13 +35,17 @@ class ObjectiveSettings:
             )
 
 
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sums, counts), detached tensors of one shape, `loss` among them; both are added over micro-batches and ranks before they
+are divided."""
+
+
 @dataclass
 class Loss:
-    """value: the scalar to differentiate, the mean over all tokens of the micro-batch. metrics: name -> (sums, counts), detached
-    tensors of one shape, `loss` among them; both are added over micro-batches and ranks before they are divided."""
+    """value: the scalar to differentiate, the mean over all tokens of the micro-batch."""
 
     value: Tensor
-    metrics: dict[str, tuple[Tensor, Tensor]]
+    metrics: Metrics
 
 
 class Objective(ABC):
