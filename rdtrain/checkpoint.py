@@ -14,6 +14,7 @@ failed save leaves the one before it untouched.
 import dataclasses
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from .distributed import World
 from .engine import Engine
-from .errors import UserError
+from .errors import UserError, first_line
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 
 
@@ -54,7 +55,8 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 
 def checkpoint_steps(run_folder: Path) -> list[int]:
     """The steps of a run's checkpoints, in order."""
-    return sorted(int(path.parent.name.split("-")[1]) for path in run_folder.glob("checkpoints/step-*/state.json"))
+    names = (path.parent.name for path in run_folder.glob("checkpoints/step-*/state.json"))
+    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 
 def save_checkpoint(run_folder: Path, state: dict, engine: Engine, tokenizer: Path, keep: int, world: World) -> None:
@@ -65,11 +67,11 @@ def save_checkpoint(run_folder: Path, state: dict, engine: Engine, tokenizer: Pa
     """
     target = checkpoint_folder(run_folder, state["step"])
     temporary = target.with_name(f".{target.name}.saving")
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
     try:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        world.barrier()
         engine.save(temporary)
         torch.save(_random_state(world), temporary / f"random-{world.rank}.pt")
         if world.is_main:
@@ -80,7 +82,7 @@ def save_checkpoint(run_folder: Path, state: dict, engine: Engine, tokenizer: Pa
         shutil.rmtree(temporary, ignore_errors=True)
         steps = checkpoint_steps(run_folder)
         kept = f"the last whole one is of step {steps[-1]}" if steps else "there is none before it"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {target.parent} ({reason}), and {kept}: free some disk "
             "space there and start the same command again to continue",
@@ -97,8 +99,11 @@ def save_checkpoint(run_folder: Path, state: dict, engine: Engine, tokenizer: Pa
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint. UserError when the folder is not one."""
     try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        state = json.loads((folder / "state.json").read_text())
+        if {"step", "seconds", "model", "noise", "objective", "precision", "tokenizer_hash", "ranks"} <= state.keys():
+            return state
+        raise ValueError
+    except (OSError, ValueError, AttributeError):
         raise UserError(
             f"{folder} is not an rdtrain checkpoint (no readable state.json): give a folder such as RUN/checkpoints/step-00000100"
         ) from None
@@ -127,7 +132,7 @@ def load_weights(folder: Path, model: RecurrentDepthLM) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be loaded ({reason}): the file is damaged or missing; use another checkpoint") from None
 
 
@@ -143,8 +148,8 @@ def load_checkpoint(folder: Path, engine: Engine, tokenizer_hash: str, world: Wo
     try:
         engine.load(folder)
         random_state = torch.load(folder / f"random-{world.rank}.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # every library has exceptions of its own for a damaged file
+        reason = first_line(error)
         raise UserError(
             f"checkpoint {folder} cannot be loaded ({reason}): it is damaged; delete that folder to continue from the one before",
             everywhere=False,

@@ -211,7 +211,11 @@ def _generate(arguments) -> int:
 
     if not (arguments.folder / "__main__.py").is_file():
         raise UserError(f"{arguments.folder} is not an exported model: make one with `rdtrain export RUN --output FOLDER`")
-    return subprocess.run([sys.executable, str(arguments.folder), *arguments.arguments]).returncode
+    process = subprocess.Popen([sys.executable, str(arguments.folder), *arguments.arguments])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal has told the program too
+        return process.wait()
 
 
 def _load_tokenizer(path: Path):

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from .config import load_config
+from .data.output import write_atomically
 from .errors import UserError
 from .metrics import read_metrics
-from .run_folder import write_atomically
 
 
 @dataclass
@@ -68,13 +68,14 @@ def compare(folders: list[Path], output: Path) -> str:
 def _read_arm(folder: Path) -> Arm:
     try:
         facts = json.loads((folder / "run.json").read_text())
+        facts["tokens_per_step"]
         records = read_metrics(folder / "metrics.jsonl")
-    except OSError:
-        raise UserError(f"{folder} is not a run that has trained (no run.json or metrics.jsonl): give run folders") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{folder} is not a run that has trained (no whole run.json and metrics.jsonl): give run folders") from None
     config = load_config(folder / "config.yaml")
     evaluated = [record for record in records if "validation_nll" in record]
     timed = [record for record in records if "step_seconds" in record]
-    if not timed or evaluated[-1]["step"] == 0:
+    if not timed or not evaluated or evaluated[-1]["step"] == 0:
         raise UserError(f"the run in {folder} has not been evaluated since it started: let it train for longer")
     last = evaluated[-1]
     objective = config.objective.name

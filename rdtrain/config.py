@@ -39,9 +39,11 @@ class RunSettings:
     seed: int = 0
 
     def __post_init__(self):
-        """ValueError for a negative seed."""
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, and it is {self.seed}")
+        """ValueError for a seed or a folder that cannot be."""
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2^64), and it is {self.seed}")
+        if "\0" in self.folder:
+            raise ValueError("folder must not hold NUL characters")
 
 
 @dataclass
@@ -109,7 +111,9 @@ class Config:
     def result_settings(self) -> dict:
         """The sections that decide what is computed; a run continues only where these are unchanged."""
         sections = ("data", "model", "objective", "noise", "batch", "optimizer", "schedule", "engine")
-        return {name: dataclasses.asdict(getattr(self, name)) for name in sections} | {"seed": self.run.seed}
+        settings = {name: dataclasses.asdict(getattr(self, name)) for name in sections} | {"seed": self.run.seed}
+        del settings["optimizer"]["learning_rate_source"]
+        return settings
 
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -145,7 +149,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise UserError(f"config {path} does not exist: give the path of a YAML file, for example configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} cannot be read ({error}): give the path of a YAML text file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets a date that cannot be through as a ValueError
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         tree = {}
@@ -172,7 +176,7 @@ def _apply_override(tree: dict, override: str) -> None:
         raise UserError(f"override '{override}' is not of the form section.key=value, for example optimizer.learning_rate=3e-4")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     section = tree.setdefault(keys[0], {})
     if not isinstance(section, dict):

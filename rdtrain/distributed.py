@@ -78,7 +78,7 @@ def stop_signals(world: World):
     """Turn SIGINT and SIGTERM into a question that all ranks answer alike.
 
     Yields `agreed() -> bool`, to be called once a step by every rank: true from the step after the one in which any rank was
-    signalled. The answer of a step is read one step later, when it has long arrived, so that no step waits for it.
+    signalled. The answer of a step is read one step later, so that a CUDA device always has a step to work on meanwhile.
     """
     received = False
     pending: Tensor | None = None

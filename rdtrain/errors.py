@@ -24,9 +24,10 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors_as_exit() -> Iterator[None]:
-    """Print a UserError as `rdtrain: sentence` on standard error and exit with code 2.
+    """Print a UserError as `rdtrain: sentence` on standard error and exit with code 2; leave with code 130 on Ctrl-C.
 
-    Of several processes on a machine, the first speaks for all unless the fault is a process's own.
+    Of several processes on a machine, the first speaks for all unless the fault is a process's own. Memory that runs out, which
+    torch reports as a RuntimeError on every device, is a fault of the user's settings.
     """
     try:
         yield
@@ -34,3 +35,17 @@ def user_errors_as_exit() -> Iterator[None]:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not error.everywhere:
             print(f"rdtrain: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        reason = first_line(error)
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+            print(f"rdtrain: out of memory ({reason}): lower batch.micro_sequences or the size of the model", file=sys.stderr, flush=True)
+            sys.exit(2)
+        raise
+    except KeyboardInterrupt:
+        print("rdtrain: stopped; start the same command again", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

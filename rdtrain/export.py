@@ -24,6 +24,7 @@ from .data.output import output_folder
 from .errors import UserError
 from .model import generation, recurrent
 from .model.noise import NoiseSettings
+from .model.tokenizer import Tokenizer
 from .objectives import ObjectiveSettings, build_objective
 from .randomness import SampleRandom
 
@@ -44,6 +45,12 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
     model = recurrent.RecurrentDepthLM(recurrent.ModelConfig(**state["model"]))
     dtype = getattr(torch, state["precision"])
     load_weights(source, model.to(dtype))
+    try:
+        tokenizer_hash = Tokenizer(source / "tokenizer.model").hash
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"checkpoint {source} has lost its tokenizer ({error}): copy it there from the shards' folder") from None
+    if tokenizer_hash != state["tokenizer_hash"]:
+        raise UserError(f"the tokenizer.model in {source} is not the one that it was trained with: copy it there from the shards' folder")
     with output_folder(output, "config.json", overwrite) as folder:
         for file in sorted(MODEL_FILES.glob("*.py")):
             shutil.copyfile(file, folder / file.name)

@@ -5,7 +5,6 @@ first, so that the file reads as if nothing had happened.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .data.output import write_atomically
 from .distributed import World
 from .errors import UserError
 from .objectives import Metrics
@@ -45,12 +45,10 @@ class MetricLogger:
         self._file = self._wandb = None
         if not world.is_main:
             return
-        path = folder / "metrics.jsonl"
-        kept = [json.dumps(record) for record in read_metrics(path) if record["step"] <= resume_step] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+        self._path = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step] if self._path.exists() else []
+        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = self._path.open("a")
         if settings.wandb != "disabled":
             self._wandb = _start_wandb(folder, settings, config, name)
 
@@ -58,8 +56,13 @@ class MetricLogger:
         """Append one record; it must hold `step`."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}): free some disk space and start the same command again to continue"
+            ) from error
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in _flat(record).items() if value is not None}, step=record["step"])
 
@@ -72,13 +75,17 @@ class MetricLogger:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """All records of a metrics.jsonl; a last line that a kill cut short is left out. UserError when another line is damaged."""
+    lines = path.read_bytes().splitlines()
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            record["step"]
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise UserError(f"line {number} of {path} is not a record of metrics: mend or remove that line") from None
     return records
 
 

@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from .config import Config, config_to_yaml, load_config
+from .data.output import write_atomically
 from .distributed import World
 from .errors import UserError
 
@@ -40,11 +41,9 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
         yield folder
         return
     recorded = folder / "config.yaml"
-    if recorded.exists():
-        _refuse_other_config(recorded, config)
-    elif folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
-        raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
     try:
+        if not recorded.exists() and folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
+            raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
@@ -61,6 +60,8 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
                         f"another process is training in {folder}: wait for it to end, or choose another run.folder"
                     ) from None
                 time.sleep(0.5)
+        if recorded.exists():  # looked at under the lock: two starts at once must not mix their configs
+            _refuse_other_config(recorded, config)
         write_atomically(recorded, config_to_yaml(config))
         yield folder
 
@@ -77,13 +78,6 @@ def _refuse_other_config(recorded: Path, config: Config) -> None:
                     f"the output folder {recorded.parent} holds a run with {name}={old}, and this one has {new}: choose another "
                     "run.folder, or delete that one"
                 )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def record_facts(folder: Path, facts: dict) -> None:

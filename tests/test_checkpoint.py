@@ -92,3 +92,34 @@ def test_records_after_the_checkpoint_are_dropped_on_resume(tiny_config, tmp_pat
         file.write('{"step": 9, "lo')  # cut short by a kill
     assert train(config) == 0
     assert [record["step"] for record in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(9))
+
+
+def test_copies_beside_the_checkpoints_are_neither_counted_nor_deleted(tiny_config, tmp_path):
+    config = load_config(stopped_run(tiny_config))
+    for name in ("step-00000004.bak", "step-00000004-copy", "step-x"):
+        shutil.copytree(tmp_path / "run/checkpoints/step-00000004", tmp_path / "run/checkpoints" / name)
+    assert checkpoint_steps(tmp_path / "run") == [4]
+    assert train(config) == 0
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 5
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff\xfe", b""])
+def test_a_damaged_state_is_one_sentence(tiny_config, tmp_path, content):
+    config = load_config(stopped_run(tiny_config))
+    (tmp_path / "run/checkpoints/step-00000004/state.json").write_bytes(content)
+    with pytest.raises(UserError, match="is not an rdtrain checkpoint"):
+        train(config)
+
+
+def test_a_damaged_line_of_metrics_is_named_before_anything_is_rewritten(tiny_config, tmp_path):
+    config = load_config(stopped_run(tiny_config))
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_bytes(b"5\n" + metrics.read_bytes())
+    before = metrics.read_bytes()
+    with pytest.raises(UserError, match="line 1 of .*metrics.jsonl is not a record"):
+        train(config)
+    assert metrics.read_bytes() == before
+
+
+def test_memory_that_runs_out_is_one_sentence(tiny_config, rdtrain, refused):
+    refused(rdtrain("train", "--config", tiny_config(model={"width": 800_000_000})), "out of memory", "micro_sequences")

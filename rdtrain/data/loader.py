@@ -2,8 +2,8 @@
 
 The token stream is cut into windows of `sequence_length` + 1 tokens, window i starting at token i * sequence_length, across
 documents. Sample number n of a run (0, 1, 2, ...) is place n % windows of epoch n // windows; each epoch visits each window once,
-in an order of its own. Step s trains on samples s * global_batch .. (s + 1) * global_batch - 1, whatever the number of ranks, so
-a run may go on with another number of ranks or another micro-batch.
+in an order of its own. Step s trains on samples s * global_batch .. (s + 1) * global_batch - 1, whatever the number of ranks and
+the size of the micro-batch.
 
 Notable: single reads from shards are slow and long ones fast, so the order has two levels, both by arithmetic (no table, no
 state): blocks of 64 neighbouring windows are permuted, then the windows of 16 consecutive blocks are. Two times 16 blocks are

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written under a temporary name beside the target, then renamed.
+"""Folders and files that are whole or absent: written under a temporary name beside the target, then renamed.
 
 Notable: only a folder that bears the writer's own marker file is ever replaced, so a mistyped output path with `overwrite` cannot
 delete somebody's home. The old folder stays until the new one is complete.
@@ -45,3 +45,13 @@ def output_folder(output: Path, marker: str, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"cannot write {output} ({reason}); make room there or choose another output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file under a temporary name and rename it. UserError when the disk refuses."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): free some disk space and start the same command again") from error

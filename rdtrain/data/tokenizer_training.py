@@ -18,11 +18,12 @@ from pathlib import Path
 import sentencepiece
 
 from ..errors import UserError
-from ..model.tokenizer import Tokenizer
+from ..model.tokenizer import SPACE_MARK, Tokenizer
 from .output import output_folder
 from .sources import list_files, read_documents
 
 SMALLEST_VOCABULARY = 512  # 256 bytes, three marks, and some pieces
+LARGEST_VOCABULARY = 1 << 24
 LONGEST_LINE = 1000  # characters; SentencePiece ignores lines longer than 4192 bytes, and a character has at most four
 SAMPLE_BYTES = 32 << 20
 
@@ -38,8 +39,8 @@ def train_tokenizer(inputs: list[Path], output: Path, vocab_size: int, overwrite
     Raises UserError for a vocabulary that is too small or that the text is too short for, for inputs that cannot be read, an
     existing output, and a disk that refuses.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"a vocabulary of {vocab_size} is too small; ask for {SMALLEST_VOCABULARY} at least")
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        raise UserError(f"a vocabulary of {vocab_size} is out of range; ask for {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}")
     files = list_files(inputs)
     with output_folder(output, "training.json", overwrite) as folder:
         lines = sample_lines(read_documents(files, column), max_bytes)
@@ -77,16 +78,18 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 def _train(lines: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
+    # In text without spaces SentencePiece would learn no piece for one, and could not give one back.
+    needed = {} if any(" " in line for line in lines) else {"required_chars": SPACE_MARK}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             allow_whitespace_only_pieces=True, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-            num_threads=1, minloglevel=2)
+            num_threads=1, minloglevel=2, **needed)
     except RuntimeError as error:
         if limit := re.search(r"too high .* value <= (\d+)", str(error)):
-            raise UserError(f"a vocabulary of {vocab_size} is too large for this text; ask for {limit[1]} at most or give more "
-                            "text") from None
+            mend = f"ask for {limit[1]} at most or give more text" if int(limit[1]) >= SMALLEST_VOCABULARY else "give more text"
+            raise UserError(f"a vocabulary of {vocab_size} is too large for this text; {mend}") from None
         if need := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise UserError(f"a vocabulary of {vocab_size} is too small for this text's characters; ask for more than "
                             f"{need[1]}") from None

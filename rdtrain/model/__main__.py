@@ -51,6 +51,8 @@ def main() -> None:
             print(f"\n[{count} tokens, K = {arguments.iterations or generator.iterations}, {rate:.1f} tokens/s]", file=sys.stderr)
     except (ValueError, OSError) as error:
         sys.exit(f"\n{FOLDER.name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ class NoiseSettings:
                 f"p_mean {self.p_mean} and p_std {self.p_std} leave no noise levels between sigma_min {self.sigma_min} and "
                 f"sigma_max {self.sigma_max}"
             )
-        if self.overlap < 0:
-            raise ValueError(f"overlap must not be negative, and it is {self.overlap}")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap must lie in [0, 1], and it is {self.overlap}")
         if not 0 <= self.share_at_sigma_max <= 1:
             raise ValueError(f"share_at_sigma_max must lie in [0, 1], and it is {self.share_at_sigma_max}")
 

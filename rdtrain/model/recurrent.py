@@ -53,6 +53,8 @@ class ModelSettings:
         for name in ("width", "heads", "mlp_width", "prelude_layers", "core_layers", "coda_layers", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, and it is {getattr(self, name)}")
+        if self.iterations > 65_536:
+            raise ValueError(f"iterations must be at most 65536, and it is {self.iterations}")
         for name in ("rope_base", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, and it is {getattr(self, name)}")

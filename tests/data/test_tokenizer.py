@@ -96,7 +96,7 @@ def test_training_is_deterministic_and_keeps_its_facts(tmp_path, tokenizer, text
 
 def test_training_faults(tmp_path, fault, text_folder):
     output = tmp_path / "out"
-    assert "too small; ask for 512" in fault(lambda: train_tokenizer([text_folder], output, 100))
+    assert "out of range; ask for 512" in fault(lambda: train_tokenizer([text_folder], output, 100))
     assert "too large for this text; ask for" in fault(lambda: train_tokenizer([text_folder], output, 10**6))
     assert "no such file" in fault(lambda: train_tokenizer([tmp_path / "none.txt"], output, 800))
     (tmp_path / "chinese.txt").write_text("".join(map(chr, range(0x4E00, 0x5E00))))
@@ -123,3 +123,10 @@ def test_the_sample_is_bounded_and_spread():
     assert len(sample) == 1000 and sample == sorted(sample) and sample == sample_lines(documents, 6000)
     assert all(60 < sum(line.startswith(f"{document} ") for line in sample) < 140 for document in range(10))
     assert sample_lines(["x" * 2500], 10**6) == ["x" * 1000, "x" * 1000, "x" * 500]
+
+
+def test_text_without_a_space_trains_a_tokenizer_that_knows_spaces(tmp_path):
+    text = "".join(chr(0x4E00 + (7 * number) % 211) for number in range(4000))
+    (tmp_path / "chinese.txt").write_text(text)
+    tokenizer = train_tokenizer([tmp_path / "chinese.txt"], tmp_path / "tokenizer", 600)
+    assert tokenizer.decode(tokenizer.encode("a b  c\n" + text)) == "a b  c\n" + text

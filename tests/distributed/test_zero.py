@@ -26,8 +26,8 @@ OBJECTIVES = {
 }
 
 
-def plain_losses(path: Path) -> list[float]:
-    """The losses of a config's run: whole global batches, torch's AdamW, its own clipping and schedule, no engine."""
+def plain_run(path: Path) -> tuple[list[float], list[float]]:
+    """The losses and gradient norms of a config's run: whole global batches, torch's AdamW, its own clipping and schedule, no engine."""
     config = load_config(path)
     reader = ShardReader(Path(config.data.train))
     loader = Loader(reader, config.data.sequence_length, config.run.seed)
@@ -37,7 +37,7 @@ def plain_losses(path: Path) -> list[float]:
     model = RecurrentDepthLM(
         ModelConfig(**shape, vocab_size=reader.vocab_size, noise_conditioning=config.objective.name == "diffusion_blocks")
     )
-    settings, steps, losses = config.optimizer, config.schedule.steps, []
+    settings, steps, losses, norms = config.optimizer, config.schedule.steps, [], []
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
@@ -55,14 +55,14 @@ def plain_losses(path: Path) -> list[float]:
         loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"))).value
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping).item())
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return losses, norms
 
 
-def recorded_losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["step"]]
+def recorded(folder: Path, name: str = "loss") -> list[float]:
+    return [record[name] for record in read_metrics(folder / "metrics.jsonl") if record["step"]]
 
 
 @pytest.mark.parametrize(
@@ -76,22 +76,30 @@ def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tiny_config
     )
     result = deepspeed("--config", path)
     assert result.returncode == 0, result.stderr
-    first = recorded_losses(tmp_path / "run")
+    first = recorded(tmp_path / "run")
+    losses, norms = plain_run(path)
     assert len(first) == 10
-    assert first == pytest.approx(plain_losses(path), abs=1e-5)
+    assert first == pytest.approx(losses, abs=1e-5)
+    assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
 
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000010")
     result = deepspeed("--config", path)
     assert result.returncode == 0 and "continuing from step 5" in result.stdout, result.stderr
-    assert recorded_losses(tmp_path / "run") == first
+    assert recorded(tmp_path / "run") == first
 
 
-def test_bf16_trains_next_to_fp32(tiny_config, tmp_path, deepspeed):
-    """bf16 weights with fp32 master weights: the losses stay within bf16's rounding of the fp32 ones."""
-    path = tiny_config(engine={"name": "deepspeed", "precision": "bf16"})
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_trains_next_to_fp32(tiny_config, tmp_path, deepspeed, stage):
+    """bf16 weights with fp32 master weights, four micro-batches a step: losses and gradient norms stay within bf16's rounding of the
+    fp32 ones. The norms tell what clipping and Adam hide, a gradient that is added up wrongly."""
+    path = tiny_config(
+        engine={"name": "deepspeed", "precision": "bf16", "zero_stage": stage}, optimizer={"learning_rate": 1e-3, "gradient_clipping": 1e9}
+    )
     result = deepspeed("--config", path, processes=1)
     assert result.returncode == 0, result.stderr
-    assert recorded_losses(tmp_path / "run") == pytest.approx(plain_losses(path), abs=0.05)
+    losses, norms = plain_run(path)
+    assert recorded(tmp_path / "run") == pytest.approx(losses, abs=0.02)
+    assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=0.03)
 
 
 def test_an_interrupt_saves_a_checkpoint_and_the_next_start_continues(tiny_config, tmp_path):
