@@ -14,7 +14,7 @@ if not __package__:
     sys.path.remove(str(FOLDER)) if str(FOLDER) in sys.path else None
     spec = importlib.util.spec_from_file_location("exported_model", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)])
     sys.modules["exported_model"] = importlib.util.module_from_spec(spec)
-    __package__ = "exported_model"
+    __package__, __spec__ = "exported_model", None
 
 
 def main() -> None:
