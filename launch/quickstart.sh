@@ -7,15 +7,19 @@
 #   bash launch/quickstart.sh --output DIR ...             another folder than runs/quickstart
 #   bash launch/quickstart.sh ... -- section.key=value     settings for both runs, for example schedule.training_flops=1e12
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
 
 output="" text=() overrides=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --output) output=${2:?"--output needs a folder"}; shift 2 ;;
-        --text) shift; while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do text+=("$1"); shift; done ;;
+        --text) shift; while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do
+            case "$1" in /*) text+=("$1") ;; *) text+=("$caller/$1") ;; esac
+            shift
+        done ;;
         --) shift; overrides=("$@"); break ;;
-        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' launch/quickstart.sh; exit 0 ;;
         *) echo "quickstart: unknown argument '$1'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -85,5 +89,5 @@ $output/model                       the exported model, which needs nothing of r
 Try next (after: source .venv/bin/activate):
   rdtrain generate $output/model --prompt "The function" --iterations 8 --temperature 0.7
   rdtrain train --config configs/quickstart.yaml --print-config
-  bash launch/quickstart.sh --text README.md docs
+  bash launch/quickstart.sh --text path/to/your/text    (files or folders; from about 200 kB on)
 END
