@@ -28,5 +28,6 @@ launch() {
     fi
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     deepspeed --quiet --num_gpus "$processes" --master_port "$port" -- launch/train.py --config "$1" \
-        batch.micro_sequences=$((16 / processes)) "${@:2}"
+        batch.micro_sequences=$((16 / processes)) "${@:2}" ||
+        return # a command of its own, before which the shell runs the caller's trap for Ctrl-C, if there is one
 }
