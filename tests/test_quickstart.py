@@ -32,7 +32,7 @@ def test_the_quickstart_continues_after_an_interrupt_and_ends_with_text(text_fol
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
         out, err = process.communicate(timeout=60)
-        assert process.returncode != 0 and "start the same command again to continue" in out, err
+        assert process.returncode == 130 and "start the same command again to continue" in out, err
         reached = len(read_metrics(metrics))
 
         process = start()
