@@ -147,7 +147,10 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
             started = time.perf_counter()
             rate = learning_rate(step, plan.total_steps, config.optimizer, schedule)
             micro_batches = (
-                (plan.loader.batch(indices).to(world.device, non_blocking=True), SampleRandom(config.run.seed, indices, world.device))
+                (
+                    plan.loader.batch(indices).to(world.device, non_blocking=True),
+                    SampleRandom(config.run.seed, indices, world.device, step),
+                )
                 for indices in rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences)
             )
             for loss in engine.train_step(micro_batches, rate):
