@@ -56,9 +56,7 @@ class Plan:
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
         objective = build_objective(config.objective, config.noise, config.model.iterations)
-        model = ModelConfig(
-            **asdict(config.model), vocab_size=shards.vocab_size, noise_conditioning=objective.noise_conditioning
-        )
+        model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_features)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         tokens_per_step = config.batch.global_sequences * length
@@ -100,6 +98,9 @@ def train(config: Config) -> int:
         engine = build_engine(
             config.engine, model, plan.objective, config.optimizer, config.batch.micro_sequences, plan.accumulation, world
         )
+        if config.engine.compile:  # before the clock starts
+            indices = range(config.batch.micro_sequences)
+            engine.warm_up(plan.loader.batch(indices).to(world.device), SampleRandom(config.run.seed, indices, world.device))
         state = {"step": 0, "seconds": 0.0}
         if saved:
             state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, plan.tokenizer_hash, world)

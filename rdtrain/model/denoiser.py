@@ -14,12 +14,33 @@ from .noise import Preconditioning
 from .recurrent import RecurrentDepthLM
 
 
-def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, core_cache: list[CacheSlot] | None = None,
-            coda_cache: list[CacheSlot] | None = None) -> Tensor:
-    """Logits [B, T, V] of the next tokens, from z and e [B, T, d] and noise levels sigma [B, 1] or [B, T] (fp32)."""
+def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, cache: list[CacheSlot] | None = None,
+                  previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One iteration before its readout: z and e [B, T, d], noise levels sigma [B, 1] or [B, T] (fp32) -> (state, conditioning).
+
+    The state [B, T, d] is the preconditioned estimate of the target in units of its standard deviation; it and the conditioning are
+    what the model's `readout`, `coda` and `losses` take. previous: the feedback of the iteration before.
+    """
     sigma_data = 1 / math.sqrt(model.config.width)
     scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
     conditioning = model.condition(scale.c_noise.squeeze(-1))
-    hidden = model.iterate(scale.c_in * z, e, conditioning, core_cache)
-    estimate = scale.c_skip * z + scale.c_out * hidden.float()
-    return model.readout(estimate / sigma_data, conditioning, coda_cache)
+    hidden = model.iterate(scale.c_in * z, e, conditioning, cache, previous)
+    return (scale.c_skip * z + scale.c_out * hidden.float()) / sigma_data, conditioning
+
+
+def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, core_cache: list[CacheSlot] | None = None,
+            coda_cache: list[CacheSlot] | None = None, previous: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of the next tokens: `denoise_state` and the readout."""
+    state, conditioning = denoise_state(model, z, e, sigma, core_cache, previous)
+    return model.readout(state, conditioning, coda_cache)
+
+
+def feedback(model: RecurrentDepthLM, state: Tensor, conditioning: Tensor) -> Tensor:
+    """What the next iteration is told of this one, [B, T, d], for a model whose config names a feedback."""
+    kind = model.config.feedback
+    if kind == "core":
+        return state
+    hidden = model.coda(state, conditioning)
+    if kind == "hidden":
+        return hidden
+    return model.expected_embedding(model.head(hidden)) * math.sqrt(model.config.width)  # unit variance a component

@@ -13,6 +13,7 @@ and coda layer, as DiffusionBlocks needs it (arXiv 2506.14202).
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +74,15 @@ class ModelConfig(ModelSettings):
 
     vocab_size: rows of the embedding.
     noise_conditioning: whether core and coda layers take a noise level.
+    feedback: what an iteration is told of the one before it besides the state: nothing, the expected embedding of its logits
+        (`estimate`), what its coda ended with (`hidden`), or what its core ended with (`core`).
+    core_readout: whether logits can also be read straight from the core's state.
     """
 
     vocab_size: int = 0
     noise_conditioning: bool = False
+    feedback: Literal["none", "estimate", "hidden", "core"] = "none"
+    core_readout: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -120,6 +126,9 @@ class RecurrentDepthLM(nn.Module):
         self.coda_layers = layers(config.coda_layers, conditioned=config.noise_conditioning)
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.noise_embedding = NoiseEmbedding() if config.noise_conditioning else None
+        self.feedback = nn.Linear(config.width, config.width, bias=False) if config.feedback != "none" else None
+        self.core_norm = RMSNorm(config.width, config.norm_eps) if config.core_readout else None
+        self.core_scale = nn.Parameter(torch.ones(1)) if config.core_readout else None
         self.initialise()
 
     @torch.no_grad()
@@ -133,9 +142,9 @@ class RecurrentDepthLM(nn.Module):
         std = math.sqrt(2 / (5 * config.width))
         depth = config.prelude_layers + config.coda_layers + config.core_layers * config.iterations
         for name, parameter in self.named_parameters():
-            if "norm" in name.rsplit(".", 2)[-2]:
-                continue  # RMSNorm weights stay at one
-            if ".modulation." in name or name.endswith(".bias"):
+            if name == "core_scale" or "norm" in name.rsplit(".", 2)[-2]:
+                continue  # these stay at one
+            if ".modulation." in name or name.endswith(".bias") or name == "feedback.weight":
                 parameter.zero_()
             elif name.startswith("noise_embedding."):
                 nn.init.normal_(parameter, std=CONDITIONING_WIDTH**-0.5)
@@ -149,16 +158,41 @@ class RecurrentDepthLM(nn.Module):
         return self._run(self.prelude_layers, x, None, cache)
 
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
-                cache: list[CacheSlot] | None = None) -> Tensor:
-        """One iteration of the core: state and e [B, T, d] -> the next state [B, T, d]."""
+                cache: list[CacheSlot] | None = None, previous: Tensor | None = None) -> Tensor:
+        """One iteration of the core: state and e [B, T, d] -> the next state [B, T, d].
+
+        previous: feedback of the iteration before, [B, T, d], for a model that takes it; None is the same as zeros.
+        """
         x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
+        if previous is not None:
+            x = x + self.feedback(previous.to(e.dtype))
         return self._run(self.core_layers, x, conditioning, cache)
+
+    def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
+        """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it."""
+        x = self.final_norm(state.to(self.embedding.weight.dtype))
+        return self.final_norm(self._run(self.coda_layers, x, conditioning, cache))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token."""
+        return F.linear(hidden, self.embedding.weight)
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
         """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
-        x = self.final_norm(state.to(self.embedding.weight.dtype))
-        x = self._run(self.coda_layers, x, conditioning, cache)
-        return F.linear(self.final_norm(x), self.embedding.weight)
+        return self.head(self.coda(state, conditioning, cache))
+
+    def readout_from_core(self, state: Tensor) -> Tensor:
+        """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, the tied embedding, a learned scale."""
+        return self.core_scale * self.head(self.core_norm(state.to(self.embedding.weight.dtype)))
+
+    def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of the readout at each position: state [B, T, d], targets [B, T] -> fp32 [B, T]."""
+        return token_losses(self.readout(state, conditioning), targets)
+
+    def compile_parts(self) -> None:
+        """Compile the parts that training calls, each once for all depths; parameters keep their names."""
+        for part in ("prelude", "iterate", "coda", "losses"):
+            setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
 
     def condition(self, c_noise: Tensor) -> Tensor:
         """c_noise = ln(sigma) / 4, [B, 1] or [B, T], in fp32 -> the `conditioning` of `iterate` and `readout`."""
@@ -179,6 +213,11 @@ class RecurrentDepthLM(nn.Module):
         for index, layer in enumerate(layers):
             x = layer(x, rotary, conditioning, cache[index] if cache else None)
         return x
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each position: logits [B, T, V], targets [B, T] -> fp32 [B, T]."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def initial_state(uniform: Tensor) -> Tensor:

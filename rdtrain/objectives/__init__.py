@@ -11,5 +11,5 @@ __all__ = ["Loss", "Metrics", "Objective", "ObjectiveSettings", "build_objective
 def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int) -> Objective:
     """The objective that the settings name; iterations is the model's K."""
     if settings.name == "diffusion_blocks":
-        return DiffusionBlocks(noise, iterations)
+        return DiffusionBlocks(noise, iterations, settings)
     return BackpropagationThroughTime(settings.free_iterations, settings.trained_iterations, iterations)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.recurrent import ModelConfig, RecurrentDepthLM
+from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
 
 
@@ -17,12 +16,20 @@ class ObjectiveSettings:
     """What is trained.
 
     name: `diffusion_blocks` (each iteration a denoiser, one pass) or `bptt` (backpropagation through unrolled iterations).
+    feedback: diffusion_blocks only: what an iteration is told of the one before it, besides the state: `none`, the expected embedding
+        of its logits (`estimate`, which is self-conditioning), the end of its coda (`hidden`) or of its core (`core`).
+    feedback_iterations: how many earlier iterations, without gradient, a training sequence is told of at most: every second
+        sequence of one, every fourth of two, and so on.
+    core_readout: diffusion_blocks only: also train logits that are read straight from the core, for a cheaper chain.
     free_iterations: bptt only: iterations that run first, without gradient.
     trained_iterations: bptt only: iterations that follow and carry gradient. 24 + 8 is Huginn's truncated BPTT, 0 + K the full
         one, and K - 1 and 1 trains the last iteration alone.
     """
 
     name: Literal["diffusion_blocks", "bptt"] = "diffusion_blocks"
+    feedback: Literal["none", "estimate", "hidden", "core"] = "none"
+    feedback_iterations: int = 1
+    core_readout: bool = False
     free_iterations: int = 24
     trained_iterations: int = 8
 
@@ -51,8 +58,8 @@ class Loss:
 class Objective(ABC):
     """One way to train a recurrent-depth model. Tokens are int64 [B, T + 1]; position i of T predicts token i + 1."""
 
-    noise_conditioning: bool
-    """Whether its models take a noise level."""
+    model_features: dict
+    """The fields of ModelConfig that the objective decides."""
 
     @abstractmethod
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
@@ -74,8 +81,3 @@ class Objective(ABC):
 def sum_and_count(losses: Tensor) -> tuple[Tensor, Tensor]:
     """The metric of a tensor of losses: their sum and their number."""
     return losses.detach().sum(), torch.tensor(float(losses.numel()), device=losses.device)
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each position: logits [B, T, V], targets [B, T] -> fp32 [B, T]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

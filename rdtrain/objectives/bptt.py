@@ -10,13 +10,13 @@ from torch import Tensor
 from ..flops import forward_flops
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, initial_state
 from ..randomness import SampleRandom
-from .base import Loss, Objective, sum_and_count, token_losses
+from .base import Loss, Objective, sum_and_count
 
 
 class BackpropagationThroughTime(Objective):
     """Unrolled training at one fixed depth."""
 
-    noise_conditioning = False
+    model_features = {}
 
     def __init__(self, free_iterations: int, trained_iterations: int, iterations: int):
         """iterations: K of inference, at which the held-out likelihood is taken."""
@@ -33,7 +33,7 @@ class BackpropagationThroughTime(Objective):
                 state = model.iterate(state, e)
         for _ in range(self.trained_iterations):
             state = model.iterate(state, e)
-        losses = token_losses(model.readout(state), targets)
+        losses = model.losses(state, targets)
         return Loss(losses.mean(), {"loss": sum_and_count(losses)})
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
