@@ -13,6 +13,7 @@ and coda layer, as DiffusionBlocks needs it (arXiv 2506.14202).
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +74,19 @@ class ModelConfig(ModelSettings):
 
     vocab_size: rows of the embedding.
     noise_conditioning: whether core and coda layers take a noise level.
+    initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
     """
 
     vocab_size: int = 0
     noise_conditioning: bool = False
+    initial_state: Literal["normal", "zero"] = "normal"
 
     def __post_init__(self):
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, and it is {self.vocab_size}")
+        if self.initial_state not in ("normal", "zero"):
+            raise ValueError(f"initial_state must be normal or zero, and it is {self.initial_state}")
 
 
 class NoiseEmbedding(nn.Module):
@@ -182,7 +187,7 @@ class RecurrentDepthLM(nn.Module):
 
 
 def initial_state(uniform: Tensor) -> Tensor:
-    """The recurrent state before the first iteration of a model that is not a denoiser.
+    """The random recurrent state before the first iteration of a model with initial_state=normal.
 
     Uniform numbers in (0, 1) of any shape -> normal ones of standard deviation sqrt(2/5), truncated at three of them (Huginn's
     `like-init`), by the inverse of the truncated distribution function.

@@ -1,7 +1,7 @@
 """What an objective is: it alone decides what a training step computes, and what the model's held-out likelihood means."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -16,23 +16,31 @@ from ..randomness import SampleRandom
 class ObjectiveSettings:
     """What is trained.
 
-    name: `diffusion_blocks` (each iteration a denoiser, one pass) or `bptt` (backpropagation through unrolled iterations).
-    free_iterations: bptt only: iterations that run first, without gradient.
-    trained_iterations: bptt only: iterations that follow and carry gradient. 24 + 8 is Huginn's truncated BPTT, 0 + K the full
-        one, and K - 1 and 1 trains the last iteration alone.
+    name: `diffusion_blocks` (each iteration a denoiser, one pass), `bptt` (backpropagation through unrolled iterations) or `one_pass`
+        (an ordinary language model, the control without recurrence: model.iterations=1).
+    gradient: bptt only: which iterations carry gradient: `full` all, `truncated` the last few, `local` the last one alone.
+    trained_iterations: gradient=truncated only: how many carry it at most; 8 in Huginn.
+    depth: bptt only: iterations of a training step: `poisson`, drawn for each step from Huginn's log-normal Poisson distribution around
+        model.iterations, or `fixed`, model.iterations.
+    activation_checkpointing: bptt only: keep nothing of the inside of an iteration for the backward pass and compute it again there.
     """
 
-    name: Literal["diffusion_blocks", "bptt"] = "diffusion_blocks"
-    free_iterations: int = 24
+    name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
+    gradient: Literal["full", "truncated", "local"] = "truncated"
     trained_iterations: int = 8
+    depth: Literal["poisson", "fixed"] = "poisson"
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
-        """ValueError, in one sentence, for counts that make no unrolled model."""
-        if self.free_iterations < 0 or self.trained_iterations < 1:
-            raise ValueError(
-                "free_iterations must be at least 0 and trained_iterations at least 1, "
-                f"and they are {self.free_iterations} and {self.trained_iterations}"
-            )
+        """ValueError, in one sentence, for an impossible count and for a setting that would have no effect."""
+        if self.trained_iterations < 1:
+            raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
+        defaults = {field.name: field.default for field in fields(self) if field.name != "name"}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if changed and self.name != "bptt":
+            raise ValueError(f"{changed[0]} belongs to name=bptt, and name is {self.name}: leave it out")
+        if "trained_iterations" in changed and self.gradient != "truncated":
+            raise ValueError(f"trained_iterations belongs to gradient=truncated, and gradient is {self.gradient}: leave it out")
 
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -51,8 +59,8 @@ class Loss:
 class Objective(ABC):
     """One way to train a recurrent-depth model. Tokens are int64 [B, T + 1]; position i of T predicts token i + 1."""
 
-    noise_conditioning: bool
-    """Whether its models take a noise level."""
+    model_fields: dict[str, bool | str]
+    """The fields of ModelConfig that follow from the objective, for example that its models take a noise level."""
 
     @abstractmethod
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:

@@ -18,7 +18,7 @@ from .base import Loss, Objective, sum_and_count, token_losses
 class DiffusionBlocks(Objective):
     """The denoising objective. A share of the sequences is trained from pure noise, which keeps next-token prediction sharp."""
 
-    noise_conditioning = True
+    model_fields = {"noise_conditioning": True}
 
     def __init__(self, settings: NoiseSettings, iterations: int):
         self.settings = settings
