@@ -25,7 +25,7 @@ from .errors import UserError
 from .model import generation, recurrent
 from .model.noise import NoiseSettings
 from .model.tokenizer import Tokenizer
-from .objectives import ObjectiveSettings, build_objective
+from .objectives import Objective, ObjectiveSettings, build_objective
 from .randomness import SampleRandom
 
 MODEL_FILES = Path(recurrent.__file__).parent
@@ -68,17 +68,16 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").write_text(_model_card(config, state))
-        _verify(folder, model)
+        objective = build_objective(ObjectiveSettings(**state["objective"]), NoiseSettings(**state["noise"]), model.config.iterations)
+        _verify(folder, model, objective)
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit")
 
 
-def _verify(folder: Path, model: recurrent.RecurrentDepthLM) -> None:
+def _verify(folder: Path, model: recurrent.RecurrentDepthLM, objective: Objective) -> None:
     """AssertionError when the folder's own code and files do not compute what the training model does: logits and a continuation."""
     theirs = load_exported(folder)
     exported = theirs.TextGenerator.load(folder, device="cpu")
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    name = "diffusion_blocks" if model.config.noise_conditioning else "bptt"
-    objective = build_objective(ObjectiveSettings(name), NoiseSettings(), iterations=2)
     with torch.no_grad():
         logits = [objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)]
     assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
@@ -101,13 +100,18 @@ def load_exported(folder: Path):
 
 
 def _model_card(config: dict, state: dict) -> str:
-    model, objective = config["model"], config["objective"]["name"]
-    trained = (
-        "Each iteration was trained on its own as a denoising block, in a single pass (DiffusionBlocks, arXiv 2506.14202)."
-        if objective == "diffusion_blocks"
-        else "It was trained by backpropagation through "
-        f"{config['objective']['trained_iterations']} iterations after {config['objective']['free_iterations']} without gradient."
-    )
+    model, objective = config["model"], config["objective"]
+    if objective["name"] == "diffusion_blocks":
+        trained = "Each iteration was trained on its own as a denoising block, in a single pass (DiffusionBlocks, arXiv 2506.14202)."
+    elif objective["name"] == "one_pass":
+        trained = "It was trained as an ordinary language model, in one pass from a state of zeros."
+    else:
+        last = {"full": "all", "truncated": f"the last {objective['trained_iterations']}", "local": "the last"}[objective["gradient"]]
+        depth = {
+            "fixed": f"{model['iterations']} iterations",
+            "poisson": f"a number of iterations drawn for each step (Huginn's log-normal Poisson around {model['iterations']})",
+        }[objective["depth"]]
+        trained = f"It was trained by backpropagation through {last} of {depth}."
     return f"""# {state['name']}
 
 A recurrent-depth language model made with rdtrain: {model['prelude_layers']} prelude, {model['core_layers']} core and

@@ -56,7 +56,7 @@ class Plan:
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
         objective = build_objective(config.objective, config.noise, config.model.iterations)
-        model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_features)
+        model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_fields)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         tokens_per_step = config.batch.global_sequences * length

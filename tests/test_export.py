@@ -20,10 +20,10 @@ from rdtrain.train import train
 ALONE = "import sys, runpy; sys.modules['rdtrain'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-@pytest.fixture(params=["diffusion_blocks", "bptt"])
+@pytest.fixture(params=["diffusion_blocks", "bptt", "one_pass"])
 def exported(request, tiny_config, tmp_path, rdtrain) -> Path:
     """The folder of a tiny model, exported by the command."""
-    config = load_config(tiny_config(objective={"name": request.param, "free_iterations": 3, "trained_iterations": 1}))
+    config = load_config(tiny_config(objective={"name": request.param}, model={"iterations": 1 if request.param == "one_pass" else 4}))
     assert train(config) == 0
     result = rdtrain("export", tmp_path / "run", "--output", tmp_path / "model")
     assert result.returncode == 0 and "bit for bit" in result.stdout, result.stderr
@@ -61,7 +61,7 @@ def test_it_generates_text_where_rdtrain_cannot_be_imported(exported):
     for result in runs:
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("The function") and len(result.stdout) > 20
-        assert "K = 4" in result.stderr
+        assert f"K = {json.loads((exported / 'config.json').read_text())['model']['iterations']}" in result.stderr
     assert runs[0].stdout == runs[1].stdout
 
 

@@ -20,9 +20,10 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["gradient_norm"]) for record in read_metrics(folder / "metrics.jsonl")[1:]]
 
 
-@pytest.mark.parametrize("objective", [{"name": "diffusion_blocks"}, {"name": "bptt", "free_iterations": 3, "trained_iterations": 2}])
-def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_path, objective):
-    config = load_config(tiny_config(objective=objective, schedule={"steps": 40}, evaluation={"interval": 20}))
+@pytest.mark.parametrize("name", ["diffusion_blocks", "bptt", "one_pass"])
+def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_path, name):
+    settings = {"objective": {"name": name}, "model": {"iterations": 1} if name == "one_pass" else {}}
+    config = load_config(tiny_config(**settings, schedule={"steps": 40}, evaluation={"interval": 20}))
     assert train(config) == 0
     folder = tmp_path / "run"
     records = read_metrics(folder / "metrics.jsonl")
@@ -31,13 +32,20 @@ def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_pa
     assert evaluated[40] < evaluated[0] - 0.5
     assert json.loads((folder / "run.json").read_text())["total_steps"] == 40
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000036", "step-00000040"]
-    if objective["name"] == "diffusion_blocks":
+    if name == "diffusion_blocks":
         assert len(records[1]["loss_by_iteration"]) == 4
+    if name == "bptt":
+        depths = [record["depth"] for record in records[1:]]
+        assert all(depth == int(depth) >= 1 for depth in depths) and len(set(depths)) > 4
+        assert sum(depths) / len(depths) == pytest.approx(5, abs=1.8)
 
 
-@pytest.mark.parametrize("objective", ["diffusion_blocks", "bptt"])
+@pytest.mark.parametrize(
+    "objective", [{"name": "diffusion_blocks"}, {"name": "bptt", "trained_iterations": 2, "activation_checkpointing": True}]
+)
 def test_an_interrupted_and_resumed_run_is_bit_identical(tiny_config, tmp_path, objective):
-    settings = {"objective": {"name": objective, "free_iterations": 3, "trained_iterations": 2}, "logging": {"interval": 1}}
+    """The depth of each step of bptt is drawn anew, and alike."""
+    settings = {"objective": objective, "logging": {"interval": 1}}
     assert train(load_config(tiny_config("whole", **settings))) == 0
     parts = load_config(tiny_config("parts", **settings))
     stopped_at = _stop_in_step(parts, 5)

@@ -3,7 +3,8 @@
 For a denoising model (arXiv 2506.14202) a new position starts as pure noise and is denoised by an Euler chain over K falling
 levels; at each, D is the expected embedding under the readout's logits, and the last iteration's logits give the token. A position
 of the prompt, whose next token is known, enters iteration k as that token's embedding noised to level k, all positions in one pass.
-For an unrolled model a position starts from a random state and the core runs K times (Huginn, arXiv 2502.05171).
+For an unrolled model a position starts from a random state (or zeros, as its config says) and the core runs K times (Huginn, arXiv
+2502.05171).
 
 The cache keeps, for each (iteration, layer), keys and values as they were computed while the token was made. Without a cache the
 same states are kept and everything else is computed anew at each token: slow, and a check on the cache.
@@ -94,7 +95,7 @@ class DenoisingChain:
 
 
 class UnrolledChain:
-    """Next-token logits of a model trained by backpropagation through time; called like DenoisingChain."""
+    """Next-token logits of a model that is not a denoiser: bptt's or one_pass's; called like DenoisingChain."""
 
     def __init__(self, model: RecurrentDepthLM, iterations: int, cache: KeyValueCache | None, generator: torch.Generator):
         self._model, self._iterations, self._cache, self._generator = model, iterations, cache, generator
@@ -104,8 +105,12 @@ class UnrolledChain:
     def __call__(self, ids: Tensor) -> Tensor:
         """New tokens [B, n] -> logits [B, V] of the one after them."""
         model, cache = self._model, self._cache
-        uniform = torch.rand(*ids.shape, model.config.width, generator=self._generator, device=ids.device)
-        state = initial_state(uniform.clamp(min=2**-25))
+        shape = (*ids.shape, model.config.width)
+        if model.config.initial_state == "zero":
+            state = torch.zeros(shape, device=ids.device)
+        else:
+            uniform = torch.rand(shape, generator=self._generator, device=ids.device)
+            state = initial_state(uniform.clamp(min=2**-25))
         if cache is None:
             ids = self._ids = _append(self._ids, ids)
             state = self._start = _append(self._start, state)

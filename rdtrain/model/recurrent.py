@@ -77,17 +77,21 @@ class ModelConfig(ModelSettings):
     feedback: what an iteration is told of the one before it besides the state: nothing, the expected embedding of its logits
         (`estimate`), what its coda ended with (`hidden`), or what its core ended with (`core`).
     core_readout: whether logits can also be read straight from the core's state.
+    initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
     """
 
     vocab_size: int = 0
     noise_conditioning: bool = False
     feedback: Literal["none", "estimate", "hidden", "core"] = "none"
     core_readout: bool = False
+    initial_state: Literal["normal", "zero"] = "normal"
 
     def __post_init__(self):
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, and it is {self.vocab_size}")
+        if self.initial_state not in ("normal", "zero"):
+            raise ValueError(f"initial_state must be normal or zero, and it is {self.initial_state}")
 
 
 class NoiseEmbedding(nn.Module):
@@ -221,7 +225,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def initial_state(uniform: Tensor) -> Tensor:
-    """The recurrent state before the first iteration of a model that is not a denoiser.
+    """The random recurrent state before the first iteration of a model with initial_state=normal.
 
     Uniform numbers in (0, 1) of any shape -> normal ones of standard deviation sqrt(2/5), truncated at three of them (Huginn's
     `like-init`), by the inverse of the truncated distribution function.

@@ -4,12 +4,15 @@ from ..model.noise import NoiseSettings
 from .base import Loss, Metrics, Objective, ObjectiveSettings
 from .bptt import BackpropagationThroughTime
 from .diffusion_blocks import DiffusionBlocks
+from .one_pass import OnePass
 
 __all__ = ["Loss", "Metrics", "Objective", "ObjectiveSettings", "build_objective"]
 
 
 def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int) -> Objective:
-    """The objective that the settings name; iterations is the model's K."""
+    """The objective that the settings name; iterations is the model's K. UserError for a K that the objective cannot have."""
     if settings.name == "diffusion_blocks":
         return DiffusionBlocks(noise, iterations, settings)
-    return BackpropagationThroughTime(settings.free_iterations, settings.trained_iterations, iterations)
+    if settings.name == "one_pass":
+        return OnePass(iterations)
+    return BackpropagationThroughTime(settings, iterations)

@@ -24,7 +24,7 @@ class DiffusionBlocks(Objective):
         self.settings = settings
         self.feedback_iterations = 0 if objective.feedback == "none" else objective.feedback_iterations
         self.core_readout = objective.core_readout
-        self.model_features = {
+        self.model_fields = {
             "noise_conditioning": True, "feedback": objective.feedback, "core_readout": objective.core_readout
         }
         self.iterations = iterations

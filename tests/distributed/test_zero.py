@@ -22,7 +22,7 @@ from rdtrain.randomness import SampleRandom
 
 OBJECTIVES = {
     "diffusion_blocks": {"name": "diffusion_blocks"},
-    "bptt": {"name": "bptt", "free_iterations": 3, "trained_iterations": 2},
+    "bptt": {"name": "bptt", "trained_iterations": 2},
 }
 
 
@@ -52,7 +52,7 @@ def plain_run(path: Path) -> tuple[list[float], list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = peak * (step + 1) / warmup if step < warmup else peak * (0.1 + 0.9 * cosine)
         samples = range(step * config.batch.global_sequences, (step + 1) * config.batch.global_sequences)
-        loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"))).value
+        loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"), step)).value
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping).item())

@@ -213,5 +213,5 @@ def test_the_objective_is_built_by_name_with_its_noise_and_iterations():
     noise = NoiseSettings(share_at_sigma_max=0.7)
     objective = build_objective(ObjectiveSettings(), noise, 9)
     assert isinstance(objective, DiffusionBlocks)
-    assert objective.noise_conditioning is True
+    assert objective.model_fields == {"noise_conditioning": True}
     assert objective.settings is noise and objective.iterations == 9

@@ -8,8 +8,9 @@ import torch
 
 from rdtrain.model.denoiser import denoise
 from rdtrain.model.noise import NoiseSettings
-from rdtrain.objectives import BackpropagationThroughTime, DiffusionBlocks
+from rdtrain.objectives import DiffusionBlocks
 from rdtrain.objectives import diffusion_blocks as diffusion_blocks_module
+from rdtrain.objectives.one_pass import OnePass
 
 LENGTH = 8
 SIGMA = 0.3
@@ -27,13 +28,15 @@ def changed_positions(first, second):
     return (first != second).flatten(2).any(-1).any(0).tolist()
 
 
-@pytest.fixture(params=["diffusion_blocks", "bptt"])
-def next_token_logits(request, build_model, random_of):
+@pytest.fixture(params=["diffusion_blocks", "bptt", "one_pass"])
+def next_token_logits(request, build_model, random_of, fixed_depth):
     """A function from inputs [6, 8] to logits, all randomness fixed."""
     if request.param == "diffusion_blocks":
         objective, model = DiffusionBlocks(NoiseSettings(), 4), build_model(True)
+    elif request.param == "bptt":
+        objective, model = fixed_depth(4, 2), build_model(False)
     else:
-        objective, model = BackpropagationThroughTime(2, 2, 4), build_model(False)
+        objective, model = OnePass(1), build_model(False, iterations=1)
     return lambda inputs: objective.next_token_logits(model, inputs, random_of(range(6))).detach()
 
 
@@ -145,8 +148,8 @@ def test_the_jacobian_of_training_logits_by_the_input_embeddings_is_lower_triang
     assert_exactly_lower_triangular(jacobian_blocks(compute, model.embedding(tokens[:1, :-1]).detach()))
 
 
-def test_the_jacobian_of_unrolled_logits_by_the_input_embeddings_is_lower_triangular(build_model, tokens, random_of):
-    model, objective = build_model(False), BackpropagationThroughTime(0, 3, 3)
+def test_the_jacobian_of_unrolled_logits_by_the_input_embeddings_is_lower_triangular(build_model, tokens, random_of, fixed_depth):
+    model, objective = build_model(False), fixed_depth(3, 3)
     compute = compute_from_embeddings(
         model, tokens, lambda model, inputs: objective.next_token_logits(model, inputs, random_of([0]))
     )
