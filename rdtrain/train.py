@@ -103,6 +103,7 @@ def train(config: Config) -> int:
         state = {"step": 0, "seconds": 0.0}
         if saved:
             state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, plan.tokenizer_hash, world)
+            plan.objective.load_state(state["objective_state"], world)
         dtype = config.engine.dtype(world.device)
         facts = {
             "name": config.run.name,
@@ -156,6 +157,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
             for loss in engine.train_step(micro_batches, rate):
                 sums.add(loss.metrics)
             step += 1
+            plan.objective.after_step(step, world)
             stop = stop_agreed()
             last = step == plan.total_steps
             evaluate = last or step % config.evaluation.interval == 0
@@ -192,7 +194,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                     progress.set_postfix_str(f"loss {means['loss']:.3f}, held-out NLL {record['validation_nll']:.3f}")
                 logger.log(record)
             if save:
-                state = {"step": step, "seconds": seconds} | facts
+                state = {"step": step, "seconds": seconds} | facts | {"objective_state": plan.objective.state(world)}
                 save_checkpoint(folder, state, engine, plan.tokenizer, config.checkpoint.keep, world)
             if stop and not last:
                 if world.is_main:

@@ -5,8 +5,6 @@ The target of position i is y_i, the unit-length embedding of its next token; th
 the states of the past reach it through the core's attention, and hold only tokens that the position may know.
 """
 
-import math
-
 from torch import Tensor
 
 from .cache import CacheSlot
@@ -14,10 +12,12 @@ from .noise import Preconditioning
 from .recurrent import RecurrentDepthLM
 
 
-def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, core_cache: list[CacheSlot] | None = None,
-            coda_cache: list[CacheSlot] | None = None) -> Tensor:
-    """Logits [B, T, V] of the next tokens, from z and e [B, T, d] and noise levels sigma [B, 1] or [B, T] (fp32)."""
-    sigma_data = 1 / math.sqrt(model.config.width)
+def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_data: float,
+            core_cache: list[CacheSlot] | None = None, coda_cache: list[CacheSlot] | None = None) -> Tensor:
+    """Logits [B, T, V] of the next tokens, from z and e [B, T, d] and noise levels sigma [B, 1] or [B, T] (fp32).
+
+    sigma_data: the standard deviation of the target's components that the scalings assume.
+    """
     scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
     conditioning = model.condition(scale.c_noise.squeeze(-1))
     hidden = model.iterate(scale.c_in * z, e, conditioning, core_cache)
