@@ -89,7 +89,7 @@ class InformationEstimate:
         units, tokens = total.tolist()
         self._sums = [DECAY * before + UNIT * new for before, new in zip(self._sums, units)]
         self._counts = [DECAY * before + new for before, new in zip(self._counts, tokens)]
-        self.pending = torch.zeros_like(self.pending)
+        self.pending.zero_()
         self.curve = self._fitted()
 
     def _fitted(self) -> InformationCurve:
