@@ -1,7 +1,7 @@
 """From a checkpoint to a folder that generates text on its own.
 
     OUTPUT/
-      config.json         model, noise levels, dtype, tokenizer hash, training facts
+      config.json         model, noise levels, information curve, dtype, tokenizer hash, training facts
       model.safetensors   the weights
       tokenizer.model     the tokenizer
       *.py                rdtrain/model, byte for byte: `python OUTPUT --prompt TEXT` runs it
@@ -23,7 +23,7 @@ from .checkpoint import checkpoint_folder, checkpoint_steps, load_weights, read_
 from .data.output import output_folder
 from .errors import UserError
 from .model import generation, recurrent
-from .model.noise import NoiseSettings
+from .model.noise import NoiseSchedule
 from .model.tokenizer import Tokenizer
 from .objectives import Objective, ObjectiveSettings, build_objective
 from .randomness import SampleRandom
@@ -60,6 +60,7 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
             "format": 1,
             "model": state["model"],
             "noise": state["noise"],
+            "information_curve": state["objective_state"].get("information_curve"),
             "objective": state["objective"],
             "dtype": state["precision"],
             "tokenizer_hash": state["tokenizer_hash"],
@@ -68,12 +69,12 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").write_text(_model_card(config, state))
-        objective = build_objective(ObjectiveSettings(**state["objective"]), NoiseSettings(**state["noise"]), model.config.iterations)
-        _verify(folder, model, objective)
+        noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
+        _verify(folder, model, noise, build_objective(ObjectiveSettings(**state["objective"]), noise.settings, model.config.iterations))
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit")
 
 
-def _verify(folder: Path, model: recurrent.RecurrentDepthLM, objective: Objective) -> None:
+def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedule, objective: Objective) -> None:
     """AssertionError when the folder's own code and files do not compute what the training model does: logits and a continuation."""
     theirs = load_exported(folder)
     exported = theirs.TextGenerator.load(folder, device="cpu")
@@ -82,8 +83,8 @@ def _verify(folder: Path, model: recurrent.RecurrentDepthLM, objective: Objectiv
         logits = [objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)]
     assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
     continuations = [
-        torch.stack(list(code.generate(one, ids, 4, 2, noise, code.Sampling(0.0), seed=0)))
-        for code, one, noise in ((generation, model, NoiseSettings()), (theirs, exported.model, theirs.NoiseSettings()))
+        torch.stack(list(code.generate(one, ids, 4, 2, levels, code.Sampling(0.0), seed=0)))
+        for code, one, levels in ((generation, model, noise), (theirs, exported.model, exported.noise))
     ]
     assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)

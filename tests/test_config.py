@@ -55,6 +55,8 @@ def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
         ("model: {width: 100, heads: 8}", ["multiple of 2 * heads"]),
         ("noise: {sigma_min: 2.0, sigma_max: 1.0}", ["sigma_min must be positive and below sigma_max", "2.0 and 1.0"]),
         ("noise: {share_at_sigma_max: 1.5}", ["share_at_sigma_max must lie in [0, 1]"]),
+        ("noise: {partition: equal}", ["'noise.partition'", "'equi_probability', 'uniform' or 'equal_information'"]),
+        ("noise: {sigma_data: -1.0}", ["sigma_data must be positive", "-1.0"]),
         ("schedule: {steps: 5, training_flops: 1e9}", ["one of steps and training_flops", "not both"]),
         ("schedule: {}", ["one of steps and training_flops"]),
         ("objective: {name: bptt, trained_iterations: 0}", ["trained_iterations must be at least 1, and it is 0"]),

@@ -12,6 +12,8 @@ import torch
 from rdtrain import export as export_module
 from rdtrain.checkpoint import load_weights
 from rdtrain.config import load_config
+from rdtrain.model.information import InformationCurve
+from rdtrain.model.noise import NoiseSchedule
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import build_objective
 from rdtrain.randomness import SampleRandom
@@ -69,6 +71,25 @@ def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
     result = rdtrain("generate", exported, "--prompt", "A", "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5")
     assert result.returncode == 0 and result.stderr.count("K = 2") == 2, result.stderr
     assert "--temperature" in rdtrain("generate", exported, "--help").stdout
+
+
+@pytest.mark.parametrize("partition", ["uniform", "equal_information"])
+def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, tmp_path, rdtrain, partition):
+    """Past the step at which the information curve is first brought up to date, and with another sigma_data."""
+    noise = {"partition": partition, "sigma_data": 0.5, "weighting": "edm"}
+    config = load_config(tiny_config(noise=noise, schedule={"steps": 17}, evaluation={"interval": 17}))
+    assert train(config) == 0
+    export_module.export(tmp_path / "run", tmp_path / "model")
+    state = json.loads((tmp_path / "run/checkpoints/step-00000017/state.json").read_text())
+    schedule = export_module.load_exported(tmp_path / "model").TextGenerator.load(tmp_path / "model", "cpu").noise
+    trained = NoiseSchedule(config.noise, InformationCurve(0.002, 80.0, state["objective_state"]["information_curve"]))
+    for iterations in (1, 4, 64):
+        assert schedule.levels(iterations) == trained.levels(iterations)
+    assert schedule.levels(1) == [80.0, 0.0] and schedule.sigma_data(32) == 0.5
+    if partition == "equal_information":
+        assert schedule.levels(4) != NoiseSchedule(config.noise, InformationCurve.expected(0.002, 80.0)).levels(4)
+    result = alone(tmp_path / "model", "--prompt", "A", "--max-new-tokens", "4", "--iterations", "7")
+    assert result.returncode == 0 and "K = 7" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)

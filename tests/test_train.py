@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,24 @@ def test_an_interrupted_and_resumed_run_is_bit_identical(tiny_config, tmp_path, 
     weights = [load_file(tmp_path / run / "checkpoints/step-00000008/model.safetensors") for run in ("whole", "parts")]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_the_information_curve_goes_on_from_a_checkpoint_between_two_updates(tiny_config, tmp_path):
+    """Updates are at steps 16 and 32, the checkpoint at 21; iterations of equal information, a level for each token."""
+    noise = {"partition": "equal_information", "level_per": "token"}
+    settings = {"noise": noise, "schedule": {"steps": 36}, "checkpoint": {"interval": 21}, "evaluation": {"interval": 36}}
+    config = load_config(tiny_config(**settings))
+    assert train(config) == 0
+    whole, last = losses(tmp_path / "run"), tmp_path / "run/checkpoints/step-00000036"
+    state, weights = json.loads((last / "state.json").read_text()), load_file(last / "model.safetensors")
+    middle = json.loads((tmp_path / "run/checkpoints/step-00000021/state.json").read_text())
+    assert sum(middle["objective_state"]["pending"][1]) == 5 * 8 * 16  # five steps of 8 sequences of 16 tokens
+    assert middle["objective_state"]["information_curve"] != state["objective_state"]["information_curve"]
+    shutil.rmtree(last)
+    assert train(config) == 0
+    assert losses(tmp_path / "run") == whole
+    assert json.loads((last / "state.json").read_text())["objective_state"] == state["objective_state"]
+    assert all(tensor.equal(weights[name]) for name, tensor in load_file(last / "model.safetensors").items())
 
 
 def _stop_in_step(config, step: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cache import KeyValueCache
 from .denoiser import denoise
-from .noise import EquiProbabilityPartition, LogNormalNoise, NoiseSettings, euler_step
+from .noise import NoiseSchedule, euler_step
 from .recurrent import ModelConfig, RecurrentDepthLM, initial_state
 from .tokenizer import Tokenizer
 
@@ -66,9 +66,10 @@ class Sampling:
 class DenoisingChain:
     """Next-token logits of a denoising model. Call it with the prompt, then with each chosen token."""
 
-    def __init__(self, model: RecurrentDepthLM, noise: NoiseSettings, iterations: int, cache: KeyValueCache | None,
+    def __init__(self, model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, cache: KeyValueCache | None,
                  generator: torch.Generator):
-        levels = EquiProbabilityPartition(LogNormalNoise(noise), iterations).levels()
+        levels = noise.levels(iterations)
+        self._sigma_data = noise.sigma_data(model.config.width)
         self._steps = list(zip(levels, levels[1:]))
         self._model, self._cache, self._generator = model, cache, generator
         self._ids: Tensor | None = None  # without a cache: all tokens so far, and the states of each iteration
@@ -88,7 +89,7 @@ class DenoisingChain:
             if cache is None:
                 state = self._states[k] = _append(self._states[k], state)
             level = torch.full((ids.shape[0], 1), sigma, device=ids.device)
-            logits = denoise(model, state, e, level, cache and cache.core[k], cache and cache.coda[k])[:, -1:]
+            logits = denoise(model, state, e, level, self._sigma_data, cache and cache.core[k], cache and cache.coda[k])[:, -1:]
             if sigma_next > 0:
                 z = euler_step(z, model.expected_embedding(logits), sigma, sigma_next)
         return logits[:, 0]
@@ -125,7 +126,7 @@ def _append(before: Tensor | None, new: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def generate(model: RecurrentDepthLM, ids: Tensor, max_new_tokens: int, iterations: int, noise: NoiseSettings, sampling: Sampling,
+def generate(model: RecurrentDepthLM, ids: Tensor, max_new_tokens: int, iterations: int, noise: NoiseSchedule, sampling: Sampling,
              seed: int, use_cache: bool = True) -> Iterator[Tensor]:
     """Yield the tokens [B] that follow ids [B, T >= 1], one step at a time.
 
@@ -158,7 +159,7 @@ def generate(model: RecurrentDepthLM, ids: Tensor, max_new_tokens: int, iteratio
 class TextGenerator:
     """An exported folder, loaded: model, tokenizer and the K that it was trained for."""
 
-    def __init__(self, model: RecurrentDepthLM, noise: NoiseSettings, tokenizer: Tokenizer):
+    def __init__(self, model: RecurrentDepthLM, noise: NoiseSchedule, tokenizer: Tokenizer):
         self.model, self.noise, self.tokenizer = model, noise, tokenizer
         self.iterations = model.config.iterations
 
@@ -177,7 +178,7 @@ class TextGenerator:
             config = json.loads((folder / "config.json").read_text())
             model = RecurrentDepthLM(ModelConfig(**config["model"]))
             model.load_state_dict(load_file(folder / "model.safetensors"))
-            noise = NoiseSettings(**config["noise"])
+            noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
             dtype = getattr(torch, config["dtype"])
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..distributed import World
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
 
@@ -81,6 +82,16 @@ class Objective(ABC):
     @abstractmethod
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Operations per trained token, forward and backward."""
+
+    def after_step(self, step: int, world: World) -> None:  # noqa: B027 (most objectives learn nothing beside the weights)
+        """Called by every rank once `step` steps are done: what is learned beside the weights is brought up to date here."""
+
+    def state(self, world: World) -> dict:
+        """What a checkpoint must keep besides the weights, as plain numbers; the same on every rank. A collective call."""
+        return {}
+
+    def load_state(self, state: dict, world: World) -> None:  # noqa: B027
+        """Restore what `state` returned."""
 
     def held_out_nll(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Tensor:
         """Negative log-likelihood in nats of each predicted token, fp32 [B, T]."""

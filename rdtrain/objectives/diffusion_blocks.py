@@ -1,22 +1,30 @@
 """DiffusionBlocks: each of the K iterations is a denoising block, trained on its own, in a single pass (arXiv 2506.14202).
 
-For each sequence: draw an iteration k, draw a noise level sigma in its interval, noise the targets, run prelude, core and coda
-ONCE, take the cross-entropy of the next token. No iteration sees another, so there is nothing to unroll.
+For each sequence (or each token): draw an iteration k, draw a noise level sigma in its interval, noise the targets, run prelude, core
+and coda ONCE, take the cross-entropy of the next token. No iteration sees another, so there is nothing to unroll.
+
+Whatever the partition, the cross-entropy of each noise level is learned on the way (information.py): as a diagnostic, and to divide
+the levels by where partition=equal_information.
 """
 
 import torch
 from torch import Tensor
 
+from ..distributed import World
 from ..flops import forward_flops
 from ..model.denoiser import denoise_state, feedback
-from ..model.noise import EquiProbabilityPartition, LogNormalNoise, NoiseSettings
+from ..model.information import InformationEstimate
+from ..model.noise import NoiseSchedule, NoiseSettings, edm_weight
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
 from .base import Loss, Objective, ObjectiveSettings, sum_and_count
 
+FOLD_INTERVAL = 16
+"""Steps between two updates of the information curve: each waits once for the device and for all ranks."""
+
 
 class DiffusionBlocks(Objective):
-    """The denoising objective. A share of the sequences is trained from pure noise, which keeps next-token prediction sharp."""
+    """The denoising objective. A share of the states is trained from pure noise, which keeps next-token prediction sharp."""
 
     def __init__(self, settings: NoiseSettings, iterations: int, objective: ObjectiveSettings | None = None):
         """objective: for feedback and core_readout; the defaults where None."""
@@ -28,36 +36,44 @@ class DiffusionBlocks(Objective):
             "noise_conditioning": True, "feedback": objective.feedback, "core_readout": objective.core_readout
         }
         self.iterations = iterations
-        self.noise = LogNormalNoise(settings)
-        partition = EquiProbabilityPartition(self.noise, iterations)
-        self._intervals = torch.tensor([partition.interval(k) for k in range(1, iterations + 1)])
+        self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
+        self._divide()
 
-    def draw(self, random: SampleRandom) -> tuple[Tensor, Tensor]:
-        """For each sequence its iteration, counted from 0, int64 [B], and its noise level, fp32 [B, 1]."""
-        uniform = random.uniform(3)
-        pure = uniform[:, 0] < self.settings.share_at_sigma_max
-        iteration = (uniform[:, 1] * self.iterations).long().clamp(max=self.iterations - 1)
+    def _divide(self) -> None:
+        """Divide the noise levels into iterations, by the curve as it is now."""
+        self.noise = NoiseSchedule(self.settings, self.information.curve)
+        self._intervals = torch.tensor([self.noise.interval(k, self.iterations) for k in range(1, self.iterations + 1)])
+
+    def draw(self, random: SampleRandom, length: int) -> tuple[Tensor, Tensor]:
+        """Iterations, counted from 0, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T], T being `length`."""
+        uniform = random.uniform(length if self.settings.level_per == "token" else 1, 3)
+        pure = uniform[..., 0] < self.settings.share_at_sigma_max
+        iteration = (uniform[..., 1] * self.iterations).long().clamp(max=self.iterations - 1)
         iteration = torch.where(pure, 0, iteration)
-        low, high = self._intervals.to(iteration.device)[iteration].unbind(-1)
-        sigma = torch.where(pure, self.settings.sigma_max, self.noise.sample(uniform[:, 2], low, high))
-        return iteration, sigma.unsqueeze(-1)
+        self._intervals = self._intervals.to(iteration.device)
+        low, high = self._intervals[iteration].unbind(-1)
+        sigma = self.noise.distribution.sample(uniform[..., 2], low, high)
+        return iteration, torch.where(pure, self.settings.sigma_max, sigma)
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        iteration, sigma = self.draw(random)
+        iteration, sigma = self.draw(random, targets.shape[1])
+        sigma_data = self.noise.sigma_data(model.config.width)
         eps = random.normal(targets.shape[1], model.config.width)
         z = model.unit_embedding(targets) + sigma.unsqueeze(-1) * eps
         e = model.prelude(inputs)
         previous = self._feedback(model, z, e, sigma, random)
-        state, conditioning = denoise_state(model, z, e, sigma, previous=previous)
-        losses = model.losses(state, targets, conditioning).mean(1)
-        value = losses.mean()
+        state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous)
+        losses = model.losses(state, targets, conditioning)
+        self.information.add(sigma, losses)
+        weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses
+        by_level = losses.detach().sum_to_size(sigma.shape).flatten()
+        zeros, counts = torch.zeros(self.iterations, device=tokens.device), torch.full_like(by_level, losses.numel() / sigma.numel())
+        by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
+        value = weighted.mean()
         if self.core_readout:
             value = value + token_losses(model.readout_from_core(state), targets).mean()
-        zeros = torch.zeros(self.iterations, device=tokens.device)
-        sums = zeros.index_add(0, iteration, losses.detach())
-        counts = zeros.index_add(0, iteration, torch.ones_like(losses))
-        return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": (sums, counts)})
+        return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration})
 
     @torch.no_grad()
     def _feedback(self, model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, random: SampleRandom) -> Tensor | None:
@@ -68,13 +84,14 @@ class DiffusionBlocks(Objective):
         """
         if not self.feedback_iterations:
             return None
+        sigma_data = self.noise.sigma_data(model.config.width)
         told = torch.zeros_like(e)
         for n in range(self.feedback_iterations):
             rows = [row for row, index in enumerate(random.indices) if index % 2 ** (n + 1) == 0]
             if not rows:
                 break
             rows = torch.tensor(rows, device=z.device)
-            state, conditioning = denoise_state(model, z[rows], e[rows], sigma[rows], previous=told[rows])
+            state, conditioning = denoise_state(model, z[rows], e[rows], sigma[rows], sigma_data, previous=told[rows])
             told = told.index_copy(0, rows, feedback(model, state, conditioning).to(told.dtype))
         return told
 
@@ -85,11 +102,26 @@ class DiffusionBlocks(Objective):
         """
         sigma = torch.full((inputs.shape[0], 1), self.settings.sigma_max, device=inputs.device)
         z = self.settings.sigma_max * random.normal(inputs.shape[1], model.config.width)
+        sigma_data = self.noise.sigma_data(model.config.width)
         e, previous = model.prelude(inputs), None
         for _ in range(iterations - 1):
-            previous = feedback(model, *denoise_state(model, z, e, sigma, previous=previous))
-        return model.readout(*denoise_state(model, z, e, sigma, previous=previous))
+            previous = feedback(model, *denoise_state(model, z, e, sigma, sigma_data, previous=previous))
+        return model.readout(*denoise_state(model, z, e, sigma, sigma_data, previous=previous))
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         parts = forward_flops(config, sequence_length)
-        return 3 * (parts.prelude + parts.iterate + parts.readout + parts.condition)
+        condition = parts.condition * (sequence_length if self.settings.level_per == "token" else 1)
+        return 3 * (parts.prelude + parts.iterate + parts.readout + condition)
+
+    def after_step(self, step: int, world: World) -> None:
+        """Every FOLD_INTERVAL steps the curve takes in what all ranks have seen since."""
+        if step % FOLD_INTERVAL == 0:
+            self.information.fold(world.sum(self.information.pending.to(world.device)))
+            self._divide()
+
+    def state(self, world: World) -> dict:
+        return self.information.state(world.sum(self.information.pending.to(world.device, copy=True)))
+
+    def load_state(self, state: dict, world: World) -> None:
+        self.information.load_state(state, world.is_main)
+        self._divide()

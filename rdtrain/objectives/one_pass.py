@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..flops import forward_flops
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..randomness import SampleRandom
-from .base import Loss, Objective, sum_and_count, token_losses
+from .base import Loss, Objective, sum_and_count
 
 
 class OnePass(Objective):
@@ -24,7 +24,8 @@ class OnePass(Objective):
             raise UserError(f"objective.name=one_pass runs the core once, and model.iterations is {iterations}: set model.iterations=1")
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
-        losses = token_losses(self.next_token_logits(model, tokens[:, :-1], random), tokens[:, 1:])
+        e = model.prelude(tokens[:, :-1])
+        losses = model.losses(model.iterate(torch.zeros_like(e), e), tokens[:, 1:])
         return Loss(losses.mean(), {"loss": sum_and_count(losses)})
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rdtrain.model.noise import EquiProbabilityPartition, LogNormalNoise, NoiseSettings, euler_step
+from rdtrain.model.noise import NoiseSchedule, NoiseSettings, euler_step
 
 
 def draw(*shape, seed):
@@ -14,7 +14,7 @@ def draw(*shape, seed):
 
 
 def levels(iterations):
-    return EquiProbabilityPartition(LogNormalNoise(NoiseSettings()), iterations).levels()
+    return NoiseSchedule(NoiseSettings()).levels(iterations)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 8, 32])

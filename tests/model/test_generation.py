@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from rdtrain.model.generation import Sampling, generate
-from rdtrain.model.noise import EquiProbabilityPartition, LogNormalNoise, NoiseSettings
+from rdtrain.model.information import InformationCurve
+from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26], [5, 35, 8, 9, 7]])
 
 
 def tokens(model, iterations, use_cache=True, sampling=Sampling(), length=12, prompt=PROMPT, seed=1):  # noqa: B008
-    return torch.stack(list(generate(model, prompt, length, iterations, NoiseSettings(), sampling, seed, use_cache)), dim=1)
+    return torch.stack(list(generate(model, prompt, length, iterations, NoiseSchedule(NoiseSettings()), sampling, seed, use_cache)), dim=1)
 
 
 @pytest.mark.parametrize("denoising", [True, False])
@@ -32,7 +33,7 @@ def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(bu
     eps = torch.randn(1, length, width, generator=torch.Generator().manual_seed(1))
     table = model.embedding.weight.detach()
     unit = table / table.norm(dim=-1, keepdim=True)
-    edges = EquiProbabilityPartition(LogNormalNoise(NoiseSettings()), iterations).edges
+    edges = NoiseSchedule(NoiseSettings()).edges(iterations)
     sd = 1 / math.sqrt(width)
     e = model.prelude(prompt)
     last = edges[0] * eps[:, -1]
@@ -47,6 +48,19 @@ def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(bu
         denoised = logits.double().softmax(-1) @ unit.double()
         last = (last + (s_next - s) / s * (last - denoised)).float()
     assert tokens(model, iterations, sampling=Sampling(0.0), length=1, prompt=prompt)[0, 0] == logits.argmax()
+
+
+@pytest.mark.parametrize("partition", ["equi_probability", "uniform", "equal_information"])
+def test_one_iteration_is_one_pass_over_pure_noise_at_sigma_max(build_model, partition):
+    """Whatever the partition; with a sigma_data of 0.5, written out in float64."""
+    model, width, sd = build_model(noise_conditioning=True, norm_eps=0.1), 32, 0.5
+    schedule = NoiseSchedule(NoiseSettings(partition=partition, sigma_data=sd), InformationCurve.expected(0.002, 80.0))
+    (chosen,) = generate(model, PROMPT[:1, :1], 1, 1, schedule, Sampling(0.0), 1)
+    z = 80.0 * torch.randn(1, 1, width, generator=torch.Generator().manual_seed(1)).double()
+    condition, total = model.condition(torch.full((1, 1), math.log(80.0) / 4)), 80.0**2 + sd**2
+    hidden = model.iterate((z / math.sqrt(total)).float(), model.prelude(PROMPT[:1, :1]), condition).double()
+    estimate = sd**2 / total * z + 80.0 * sd / math.sqrt(total) * hidden
+    assert chosen[0] == model.readout((estimate / sd).float(), condition)[0, -1].argmax()
 
 
 def test_the_seed_decides_the_noise_and_the_draw(build_model):

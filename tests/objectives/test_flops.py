@@ -105,13 +105,15 @@ def test_training_counts_of_one_pass_are_exact(batch, length, changes, build_mod
 
 
 @SHAPES
+@pytest.mark.parametrize("level_per", ["sequence", "token"])
 def test_training_counts_of_diffusion_blocks_are_exact_but_for_one_gradient_that_nobody_needs(
-    batch, length, changes, build_model, random_of
+    level_per, batch, length, changes, build_model, random_of
 ):
-    model, objective = build_model(True, **changes), DiffusionBlocks(NoiseSettings(), 4)
+    model, objective = build_model(True, **changes), DiffusionBlocks(NoiseSettings(level_per=level_per), 4)
     tokens = ids(batch, length + 1)
     actual = counted(lambda: objective(model, tokens, random_of(range(batch))).value.backward())
-    unneeded = 2 * 128 * 128 * batch  # the gradient of the noise embedding's sine and cosine features
+    levels = batch * (length if level_per == "token" else 1)
+    unneeded = 2 * 128 * 128 * levels  # the gradient of the noise embedding's sine and cosine features
     expected = objective.training_flops(model.config, length) * batch * length
     assert expected - unneeded == pytest.approx(actual, rel=1e-12)
 

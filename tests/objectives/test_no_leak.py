@@ -14,6 +14,7 @@ from rdtrain.objectives.one_pass import OnePass
 
 LENGTH = 8
 SIGMA = 0.3
+SIGMA_DATA = 1 / math.sqrt(32)
 
 
 def other_token(tokens, position):
@@ -139,12 +140,12 @@ def compute_from_embeddings(model, tokens, function):
 def test_the_jacobian_of_training_logits_by_the_noised_state_is_lower_triangular(build_model, tokens, z):
     model = build_model(True)
     e, sigma = model.prelude(tokens[:1, :-1]).detach(), torch.full((1, 1), SIGMA)
-    assert_exactly_lower_triangular(jacobian_blocks(lambda z: denoise(model, z, e, sigma), z[:1]))
+    assert_exactly_lower_triangular(jacobian_blocks(lambda z: denoise(model, z, e, sigma, SIGMA_DATA), z[:1]))
 
 
 def test_the_jacobian_of_training_logits_by_the_input_embeddings_is_lower_triangular(build_model, tokens, z):
     model, sigma = build_model(True), torch.full((1, 1), SIGMA)
-    compute = compute_from_embeddings(model, tokens, lambda model, inputs: denoise(model, z[:1], model.prelude(inputs), sigma))
+    compute = compute_from_embeddings(model, tokens, lambda model, inputs: denoise(model, z[:1], model.prelude(inputs), sigma, SIGMA_DATA))
     assert_exactly_lower_triangular(jacobian_blocks(compute, model.embedding(tokens[:1, :-1]).detach()))
 
 
@@ -159,6 +160,6 @@ def test_the_jacobian_of_unrolled_logits_by_the_input_embeddings_is_lower_triang
 def test_a_noise_level_for_each_position_gives_no_position_a_later_ones_level(build_model, tokens, z):
     model = build_model(True)
     e, log_sigma = model.prelude(tokens[:, :-1]), torch.full((6, LENGTH), math.log(SIGMA))
-    first = denoise(model, z, e, log_sigma.exp())
+    first = denoise(model, z, e, log_sigma.exp(), SIGMA_DATA)
     log_sigma[:, 5] += 1
-    assert changed_positions(first, denoise(model, z, e, log_sigma.exp())) == [False] * 5 + [True] * 3
+    assert changed_positions(first, denoise(model, z, e, log_sigma.exp(), SIGMA_DATA)) == [False] * 5 + [True] * 3
