@@ -15,11 +15,14 @@ from .recurrent import RecurrentDepthLM
 
 
 def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, core_cache: list[CacheSlot] | None = None,
-            coda_cache: list[CacheSlot] | None = None) -> Tensor:
-    """Logits [B, T, V] of the next tokens, from z and e [B, T, d] and noise levels sigma [B, 1] or [B, T] (fp32)."""
+            coda_cache: list[CacheSlot] | None = None, last_only: bool = False) -> Tensor:
+    """Logits [B, T, V] of the next tokens, from z and e [B, T, d] and noise levels sigma [B, 1] or [B, T] (fp32).
+
+    last_only: of the last position alone, [B, 1, V].
+    """
     sigma_data = 1 / math.sqrt(model.config.width)
     scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
     conditioning = model.condition(scale.c_noise.squeeze(-1))
     hidden = model.iterate(scale.c_in * z, e, conditioning, core_cache)
     estimate = scale.c_skip * z + scale.c_out * hidden.float()
-    return model.readout(estimate / sigma_data, conditioning, coda_cache)
+    return model.readout(estimate / sigma_data, conditioning, coda_cache, last_only)

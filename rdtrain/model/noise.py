@@ -101,7 +101,7 @@ class EquiProbabilityPartition:
         return max(low / widening, self.edges[-1]), min(high * widening, self.edges[0])
 
     def levels(self) -> list[float]:
-        """K + 1 levels of the Euler chain: iteration k runs at levels[k - 1], the top of its interval, and the last step ends at 0."""
+        """K + 1 levels of the chain: iteration k runs at levels[k - 1], the top of its interval, and the last step ends at 0."""
         return self.edges[:-1] + [0.0]
 
 
@@ -124,13 +124,3 @@ class Preconditioning:
             c_in=total.rsqrt(),
             c_noise=sigma.log() / 4,
         )
-
-
-def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """One Euler step of the probability-flow ODE from sigma down to sigma_next, written as an average.
-
-    z + (sigma_next - sigma) / sigma * (z - D), EDM's algorithm 1; the sign in DiffusionBlocks' printed equations 3-5 would make
-    the noise grow.
-    """
-    keep = sigma_next / sigma
-    return keep * z + (1 - keep) * denoised

@@ -154,10 +154,13 @@ class RecurrentDepthLM(nn.Module):
         x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
         return self._run(self.core_layers, x, conditioning, cache)
 
-    def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
-        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
+    def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
+                last_only: bool = False) -> Tensor:
+        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token; last_only: [B, 1, V], of the last position alone."""
         x = self.final_norm(state.to(self.embedding.weight.dtype))
         x = self._run(self.coda_layers, x, conditioning, cache)
+        if last_only:
+            x = x[:, -1:]
         return F.linear(self.final_norm(x), self.embedding.weight)
 
     def condition(self, c_noise: Tensor) -> Tensor:
