@@ -71,6 +71,12 @@ def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
     result = rdtrain("generate", exported, "--prompt", "A", "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5")
     assert result.returncode == 0 and result.stderr.count("K = 2") == 2, result.stderr
     assert "--temperature" in rdtrain("generate", exported, "--help").stdout
+    chain = ("--solver", "ancestral", "--chain-temperature", "0.9", "--chain-top-p", "0.9", "--min-p", "0.01")
+    changed = rdtrain("generate", exported, "--prompt", "A", "--iterations", "2", "--max-new-tokens", "5", *chain)
+    if json.loads((exported / "config.json").read_text())["model"]["noise_conditioning"]:
+        assert changed.returncode == 0 and changed.stdout.startswith("A") and changed.stdout.strip() not in result.stdout
+    else:
+        assert changed.returncode == 1 and "leave them out" in changed.stderr and "Traceback" not in changed.stderr
 
 
 @pytest.mark.parametrize("partition", ["uniform", "equal_information"])
@@ -96,6 +102,8 @@ def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, t
 def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported, tmp_path, rdtrain, refused):
     result = alone(exported, "--prompt", "A", "--iterations", "0")
     assert result.returncode == 1 and "at least one iteration" in result.stderr and "Traceback" not in result.stderr
+    result = alone(exported, "--solver", "heun")
+    assert result.returncode == 1 and "solver must be one of euler, " in result.stderr and "Traceback" not in result.stderr
     result = alone(exported, "--device", "nonsense")
     assert result.returncode == 1 and "there is no device nonsense here" in result.stderr and "Traceback" not in result.stderr
     refused(rdtrain("export", tmp_path / "run", "--output", exported), "exists already", "overwrite")

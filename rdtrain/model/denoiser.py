@@ -36,12 +36,11 @@ def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_
     return model.readout(state, conditioning, coda_cache)
 
 
-def feedback(model: RecurrentDepthLM, state: Tensor, conditioning: Tensor) -> Tensor:
-    """What the next iteration is told of this one, [B, T, d], for a model whose config names a feedback."""
+def feedback(model: RecurrentDepthLM, state: Tensor, hidden: Tensor) -> Tensor | None:
+    """What the next iteration is told of this one, [B, T, d], of its core's state and its coda's end; None for a model without feedback."""
     kind = model.config.feedback
-    if kind == "core":
-        return state
-    hidden = model.coda(state, conditioning)
-    if kind == "hidden":
-        return hidden
-    return model.expected_embedding(model.head(hidden)) * math.sqrt(model.config.width)  # unit variance a component
+    if kind == "none":
+        return None
+    if kind == "estimate":
+        return model.expected_embedding(model.head(hidden)) * math.sqrt(model.config.width)  # unit variance a component
+    return state if kind == "core" else hidden

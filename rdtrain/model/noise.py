@@ -175,13 +175,3 @@ class Preconditioning:
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
     """EDM's weight of the loss at a noise level, 1 / c_out^2, of sigma's shape (EDM, table 1)."""
     return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
-
-
-def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """One Euler step of the probability-flow ODE from sigma down to sigma_next, written as an average.
-
-    z + (sigma_next - sigma) / sigma * (z - D), EDM's algorithm 1; the sign in DiffusionBlocks' printed equations 3-5 would make
-    the noise grow.
-    """
-    keep = sigma_next / sigma
-    return keep * z + (1 - keep) * denoised

@@ -181,9 +181,11 @@ class RecurrentDepthLM(nn.Module):
         """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token."""
         return F.linear(hidden, self.embedding.weight)
 
-    def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
-        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
-        return self.head(self.coda(state, conditioning, cache))
+    def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
+                last_only: bool = False) -> Tensor:
+        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token; last_only: [B, 1, V], of the last position alone."""
+        hidden = self.coda(state, conditioning, cache)
+        return self.head(hidden[:, -1:] if last_only else hidden)
 
     def readout_from_core(self, state: Tensor) -> Tensor:
         """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, the tied embedding, a learned scale."""

@@ -92,7 +92,7 @@ class DiffusionBlocks(Objective):
                 break
             rows = torch.tensor(rows, device=z.device)
             state, conditioning = denoise_state(model, z[rows], e[rows], sigma[rows], sigma_data, previous=told[rows])
-            told = told.index_copy(0, rows, feedback(model, state, conditioning).to(told.dtype))
+            told = told.index_copy(0, rows, feedback(model, state, model.coda(state, conditioning)).to(told.dtype))
         return told
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom, iterations: int = 1) -> Tensor:
@@ -105,7 +105,8 @@ class DiffusionBlocks(Objective):
         sigma_data = self.noise.sigma_data(model.config.width)
         e, previous = model.prelude(inputs), None
         for _ in range(iterations - 1):
-            previous = feedback(model, *denoise_state(model, z, e, sigma, sigma_data, previous=previous))
+            state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous)
+            previous = feedback(model, state, model.coda(state, conditioning))
         return model.readout(*denoise_state(model, z, e, sigma, sigma_data, previous=previous))
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:

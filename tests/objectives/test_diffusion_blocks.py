@@ -222,13 +222,13 @@ def test_a_training_step_runs_prelude_core_and_coda_exactly_once(build_model, to
 def sequence_losses(build_model, tokens, random_of, monkeypatch):
     """(noised targets' clean part y, losses [6, 8]) of one training pass, both in its graph."""
     model, seen = build_model(True), {}
-    unit_embedding, token_losses = model.unit_embedding, diffusion_blocks_module.token_losses
+    unit_embedding, losses = model.unit_embedding, model.losses
 
     def remember(name, function):
         return lambda *args: seen.setdefault(name, function(*args))
 
     monkeypatch.setattr(model, "unit_embedding", remember("y", unit_embedding))
-    monkeypatch.setattr(diffusion_blocks_module, "token_losses", remember("losses", token_losses))
+    monkeypatch.setattr(model, "losses", remember("losses", losses))
     DiffusionBlocks(NoiseSettings(), K)(model, tokens, random_of(INDICES))
     return seen["y"], seen["losses"]
 

@@ -9,7 +9,6 @@ import torch
 from rdtrain.model.denoiser import denoise
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import DiffusionBlocks
-from rdtrain.objectives import diffusion_blocks as diffusion_blocks_module
 from rdtrain.objectives.one_pass import OnePass
 
 LENGTH = 8
@@ -67,18 +66,19 @@ def training_pass(build_model, random_of, monkeypatch):
     """A function from tokens to (logits, y) of the objective's own training pass, all randomness fixed. y, the clean part of the
     noised state, can be given instead of being computed from the targets."""
     model, objective, seen = build_model(True), DiffusionBlocks(NoiseSettings(share_at_sigma_max=0.0), 4), {}
-    unit_embedding, token_losses = model.unit_embedding, diffusion_blocks_module.token_losses
+    unit_embedding, readout = model.unit_embedding, model.readout
 
-    def remember_logits(logits, targets):
+    def remember_logits(*args):
+        logits = readout(*args)
         seen["logits"] = logits.detach()
-        return token_losses(logits, targets)
+        return logits
 
     def run(tokens, held_y=None):
         def remember_y(ids):
             seen["y"] = unit_embedding(ids).detach() if held_y is None else held_y
             return seen["y"]
 
-        monkeypatch.setattr(diffusion_blocks_module, "token_losses", remember_logits)
+        monkeypatch.setattr(model, "readout", remember_logits)
         monkeypatch.setattr(model, "unit_embedding", remember_y)
         objective(model, tokens, random_of(range(6)))
         return seen["logits"], seen["y"]
