@@ -13,7 +13,6 @@ from rdtrain.distributed import World
 from rdtrain.model.information import LEVELS, UNIT
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings, build_objective
-from rdtrain.objectives import diffusion_blocks as diffusion_blocks_module
 
 K = 4
 INDICES = [11, 3, 8, 40, 5, 21]
@@ -293,5 +292,5 @@ def test_the_objective_is_built_by_name_with_its_noise_and_iterations():
     noise = NoiseSettings(share_at_sigma_max=0.7)
     objective = build_objective(ObjectiveSettings(), noise, 9)
     assert isinstance(objective, DiffusionBlocks)
-    assert objective.model_fields == {"noise_conditioning": True}
+    assert objective.model_fields["noise_conditioning"] is True
     assert objective.settings is noise and objective.iterations == 9
