@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..data.loader import validation_windows
 from ..data.output import write_atomically
 from ..data.shards import ShardReader
 from ..errors import UserError
-from ..model.generation import Sampling
+from ..model.generation import Sampling, TextGenerator
 from ..run_folder import start_facts
 from .diversity import diversity_of
 from .likelihood import cross_entropy_by_sigma, likelihood_by_iterations, measure_likelihood
@@ -135,8 +136,8 @@ def evaluate(settings: EvaluateSettings) -> str:
     for source in sources:
         generator = source.load(str(device))
         if tokens is not None:
-            report["likelihood"].append(_likelihood(source, generator.model, tokens, reader.bytes_per_token, settings))
-        for iterations in settings.iterations if prompts else []:
+            report["likelihood"].append(_likelihood(source, generator, tokens, reader.bytes_per_token, settings))
+        for iterations in filter(source.runs_at, settings.iterations if prompts else []):
             for sampling in samplings:
                 started = time.perf_counter()
                 group = generate_samples(
@@ -156,8 +157,8 @@ def evaluate(settings: EvaluateSettings) -> str:
     return text
 
 
-def _likelihood(source: Source, model, tokens: torch.Tensor, bytes_per_token: float, settings: EvaluateSettings) -> dict:
-    objective = source.objective()
+def _likelihood(source: Source, generator: TextGenerator, tokens: Tensor, bytes_per_token: float, settings: EvaluateSettings) -> dict:
+    model = generator.model
     record = {
         "model": source.name,
         "folder": str(source.folder),
@@ -166,16 +167,13 @@ def _likelihood(source: Source, model, tokens: torch.Tensor, bytes_per_token: fl
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_tokens": source.config["trained_tokens"],
         "dtype": source.config["dtype"],
-        "held_out": asdict(measure_likelihood(model, objective, tokens, bytes_per_token, settings.batch)),
+        "held_out": asdict(measure_likelihood(model, source.objective(), tokens, bytes_per_token, settings.batch)),
     }
     if source.denoising:
-        record["cross_entropy_by_sigma"] = cross_entropy_by_sigma(
-            objective, model, tokens, settings.batch, settings.sigma_levels, source.name
-        )
+        record["cross_entropy_by_sigma"] = cross_entropy_by_sigma(generator, tokens, settings.batch, settings.sigma_levels, source.name)
     else:
-        record["by_iterations"] = likelihood_by_iterations(
-            source, model, settings.nll_iterations, tokens, bytes_per_token, settings.batch
-        )
+        iterations = [k for k in settings.nll_iterations if source.runs_at(k)]
+        record["by_iterations"] = likelihood_by_iterations(source, model, iterations, tokens, bytes_per_token, settings.batch)
     return record
 
 

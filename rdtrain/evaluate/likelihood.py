@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from ..evaluation import held_out_nll
 from ..model.denoiser import denoise
+from ..model.generation import TextGenerator
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Objective
 from ..objectives.base import token_losses
-from ..objectives.diffusion_blocks import DiffusionBlocks
 from ..randomness import SampleRandom
 from .models import Source
 
@@ -57,16 +57,15 @@ def sigma_grid(sigma_min: float, sigma_max: float, levels: int) -> list[float]:
 
 
 @torch.no_grad()
-def cross_entropy_by_sigma(objective: DiffusionBlocks, model: RecurrentDepthLM, tokens: Tensor, batch: int, levels: int,
-                           name: str = "") -> list[dict]:
+def cross_entropy_by_sigma(generator: TextGenerator, tokens: Tensor, batch: int, levels: int, name: str = "") -> list[dict]:
     """Cross-entropy of one iteration on the noised targets, every position at the same level: [{"sigma": ..., "cross_entropy": ...}].
 
     The same noise at every level, so that the curve is as smooth as the model. In nats per token.
     """
+    model, noise = generator.model, generator.noise
     device = model.embedding.weight.device
     curve = []
-    settings = objective.settings
-    for sigma in tqdm(sigma_grid(settings.sigma_min, settings.sigma_max, levels), f"{name}: cross-entropy", unit="sigma", disable=None):
+    for sigma in tqdm(sigma_grid(noise.sigma_min, noise.sigma_max, levels), f"{name}: cross-entropy", unit="sigma", disable=None):
         total = 0.0
         for start in range(0, len(tokens), batch):
             rows = tokens[start : start + batch].to(device)

@@ -50,7 +50,9 @@ def mauve_score(human: torch.Tensor, written: torch.Tensor, settings: MauveSetti
         p_features=human.numpy(), q_features=written.numpy(), mauve_scaling_factor=settings.scaling, num_buckets=settings.clusters,
         seed=settings.seed,
     )
-    return float(result.mauve), int(result.num_buckets)
+    # Of two equal histograms every point of the curve is (1, 1), and the package, which then orders points by chance, returns 0.75.
+    mauve = 1.0 if (result.p_hist == result.q_hist).all() else float(result.mauve)
+    return mauve, int(result.num_buckets)
 
 
 class Mauve:

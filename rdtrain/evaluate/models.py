@@ -41,6 +41,10 @@ class Source:
         """K as it was trained."""
         return self.config["model"]["iterations"]
 
+    def runs_at(self, iterations: int) -> bool:
+        """Whether K may be so many: a model that is trained for one pass has no recurrence to repeat."""
+        return self.denoising or self.iterations > 1 or iterations == 1
+
     def objective(self, iterations: int | None = None) -> Objective:
         """What says what a likelihood of this model is, at K iterations (as trained where None)."""
         settings = ObjectiveSettings(**self.config["objective"])

@@ -104,23 +104,24 @@ class HuggingFaceModel(ReferenceModel):
 
         kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model = kind.from_pretrained(folder, local_files_only=True, dtype="auto").to(device).eval()
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise UserError(
                 f"{folder} does not load as a Hugging Face model ({first_line(error)}): give a folder with config.json, weights and "
                 "tokenizer, or a model of rdtrain"
             ) from None
-        if not self._tokenizer.is_fast:
+        if not tokenizer.is_fast:
             raise UserError(f"the tokenizer in {folder} cannot say which characters a token covers: give a model with tokenizer.json")
+        self._tokenizer = _with_whole_offsets(tokenizer.backend_tokenizer)
         self.name, self.device = folder.resolve().name, device
         self.context = getattr(self._model.config, "max_position_embeddings", None)
 
     def encode(self, passage: Passage) -> tuple[list[int], list[bool]]:
-        encoded = self._tokenizer(passage.prompt + passage.continuation, return_offsets_mapping=True)
+        encoded = self._tokenizer.encode(passage.prompt + passage.continuation)
         # Marks that the tokenizer adds end at 0.
-        counted = [end > len(passage.prompt) for _, end in encoded["offset_mapping"]]
-        return encoded["input_ids"], [False, *counted[1:]]
+        counted = [end > len(passage.prompt) for _, end in encoded.offsets]
+        return encoded.ids, [False, *counted[1:]]
 
     def _token_nll(self, ids: Tensor, mask: Tensor, indices: Sequence[int]) -> Tensor:
         logits = self._model(input_ids=ids, attention_mask=mask).logits
@@ -166,6 +167,14 @@ def load_reference(folder: Path, device: torch.device, head: bool) -> ReferenceM
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one with a Hugging Face model, or a model of rdtrain")
     return RecurrentModel(find_model(folder), device) if is_ours(folder) else HuggingFaceModel(folder, device, head)
+
+
+def _with_whole_offsets(tokenizer):
+    """A copy of a fast tokenizer whose tokens' offsets cover their white space too, which byte-level ones leave out by default."""
+    copy = type(tokenizer).from_str(tokenizer.to_str().replace('"trim_offsets":true', '"trim_offsets":false'))
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _bytes_of_tokens(tokenizer) -> list[int]:

@@ -42,10 +42,8 @@ def _likelihood(models: list[dict], settings: dict) -> list[str]:
     text += [f"{settings['shards']}: at most {settings['sequences']} sequences of {settings['sequence_length']} tokens.", ""]
     unrolled = [model for model in models if not model["denoising"]]
     if unrolled:
-        rows = [
-            [str(point["iterations"]), *(_number(model["by_iterations"][place]["nll"]) for model in unrolled)]
-            for place, point in enumerate(unrolled[0]["by_iterations"])
-        ]
+        curves = [{point["iterations"]: point["nll"] for point in model["by_iterations"]} for model in unrolled]
+        rows = [[str(k), *(_number(curve.get(k)) for curve in curves)] for k in sorted(set().union(*curves))]
         text += ["### NLL against K, unrolled models", "", *_table(["K", *(model["model"] for model in unrolled)], rows), ""]
     denoising = [model for model in models if model["denoising"]]
     if denoising:
@@ -137,9 +135,9 @@ def write_plots(report: dict, output: Path) -> None:
     texts = report["texts"]
     if texts and report["teacher"]:
         _save(output / FRONTIER_PLOT, 1, lambda axes: _plot_frontier(texts, axes[0]))
-    judges = [("teacher NLL (nats per token)", "teacher", "nll"), ("MAUVE", "mauve", "mauve")]
-    judges = [judge for judge in judges if texts and judge[1] in texts[0]]
-    if judges:
+    if texts and (report["teacher"] or report["mauve_features"]):
+        judges = [("teacher NLL (nats per token)", "teacher", "nll"), ("MAUVE", "mauve", "mauve")]
+        judges = [judge for judge in judges if judge[1] in texts[0]]
         _save(output / ITERATIONS_PLOT, len(judges), lambda axes: _plot_iterations(texts, judges, axes))
 
 
@@ -187,8 +185,11 @@ def _plot_iterations(texts: list[dict], judges: list[tuple[str, str, str]], axes
             one.plot([text["setting"]["iterations"] for text in group], [text[judge][field] for text in group], marker="o", label=label)
         if judge == "teacher":
             one.axhline(texts[0]["human_teacher"]["nll"], color="black", linestyle=":", label="human text")
-        one.set_xscale("log", base=2)
-        one.set(xlabel="iterations K", ylabel=title, title="Quality against K")
+        counts = sorted({text["setting"]["iterations"] for text in texts})
+        one.set(xscale="log", xlabel="iterations K", ylabel=title, title="Quality against K")
+        one.set_xticks(counts, map(str, counts))
+        one.minorticks_off()
+        one.ticklabel_format(axis="y", useOffset=False)
 
 
 def _lines(texts: list[dict]) -> dict[str, list[dict]]:
