@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .samples import setting_label
-
 SIGMA_PLOT, FRONTIER_PLOT, ITERATIONS_PLOT = "cross-entropy-against-sigma.png", "frontier.png", "quality-against-iterations.png"
 
 
@@ -63,6 +61,7 @@ def _texts(report: dict, settings: dict) -> list[str]:
         ("model", lambda one: one["model"]),
         ("K", lambda one: str(one["setting"]["iterations"])),
         ("temperature", lambda one: f"{one['setting']['temperature']:g}"),
+        *((name, lambda one, name=name: str(one["setting"].get(name, "-"))) for name in _varying(texts)),
     ]
     if report["teacher"]:
         columns += [
@@ -83,9 +82,10 @@ def _texts(report: dict, settings: dict) -> list[str]:
         columns += [("MAUVE", lambda one: f"{one['mauve']['mauve']:.3f}{_error(one['mauve']['standard_deviation'], 3)}")]
     columns += [("ended", lambda one: f"{100 * one['ended']:.1f}%")]
     text = ["## Text", "", *_table([name for name, _ in columns], [[value(one) for _, value in columns] for one in texts]), ""]
-    others = {name: value for name, value in first["setting"].items() if name not in ("iterations", "temperature")}
+    shown = ("iterations", "temperature", *_varying(texts))
+    others = {name: value for name, value in first["setting"].items() if name not in shown}
     text += [
-        f"{first['prompts']} prompts, {first['continuations'] // first['prompts']} continuations of each; "
+        " or ".join(dict.fromkeys(f"{one['prompts']} prompts, {one['continuations']} continuations in all" for one in texts)) + "; "
         + ", ".join(f"{name} {value}" for name, value in others.items())
         + ". Entropy and distinct n-grams are of one continuation a prompt, averaged over the sets, and the human text's are on as many "
         "tokens. `ended`: continuations in which the model ended the document; what follows is not counted.",
@@ -193,9 +193,17 @@ def _plot_iterations(texts: list[dict], judges: list[tuple[str, str, str]], axes
 
 
 def _lines(texts: list[dict]) -> dict[str, list[dict]]:
-    """Settings that differ in K alone, by model and temperature."""
+    """Settings that differ in K alone, by a label of all else that differs."""
     lines: dict[str, list[dict]] = {}
     for text in texts:
-        label = f"{text['model']}, {setting_label(text['setting']).split(', ', 1)[1]}"
+        setting = text["setting"]
+        names = ("temperature", *_varying(texts))
+        label = ", ".join([text["model"], *(f"{name} {setting[name]}" for name in names if name in setting)])
         lines.setdefault(label, []).append(text)
     return lines
+
+
+def _varying(texts: list[dict]) -> list[str]:
+    """The settings of sampling, but for iterations and temperature, that are not the same of all texts."""
+    names = dict.fromkeys(name for text in texts for name in text["setting"] if name not in ("iterations", "temperature"))
+    return [name for name in names if len({text["setting"].get(name) for text in texts}) > 1]
