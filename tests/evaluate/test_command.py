@@ -2,9 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+from rdtrain.cli import main
+from rdtrain.errors import UserError
+from rdtrain.evaluate.command import EvaluateSettings, evaluate
 from rdtrain.metrics import read_metrics
 
 SMALL = ("--sequences", 8, "--sequence-length", 16, "--prompts", 4, "--prompt-tokens", 6, "--new-tokens", 5, "--continuations", 2,
@@ -48,33 +53,35 @@ def test_two_runs_are_measured_and_their_samples_scored_again_elsewhere(rdtrain,
             assert first[key] == (pytest.approx(value) if isinstance(value, float) else value)
 
 
-def test_bad_requests_are_refused_before_any_work(rdtrain, refused, run, shards, tokenizer, tmp_path, monkeypatch):
+def test_bad_requests_are_refused_before_any_work(refused, run, shards, tmp_path, monkeypatch, capfd):
     folder, output = run("run"), tmp_path / "report"
     held_out = ("--shards", shards / "validation", "--output", output)
 
-    def evaluate(*arguments):
-        return rdtrain("evaluate", *arguments)
+    def command(*arguments):  # the command in this process, as each new one would take seconds to import torch
+        monkeypatch.setattr("sys.argv", ["rdtrain", "evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return subprocess.CompletedProcess([], left.value.code, *capfd.readouterr())
 
-    refused(evaluate("--output", output), "name model folders, or give --samples")
-    refused(evaluate(folder, "--output", output), "--shards")
-    refused(evaluate(tmp_path, *held_out), "is no model of rdtrain")
-    refused(evaluate(folder, folder, *held_out), "same name")
-    refused(evaluate(folder, *held_out, "--prompts", 0), "--prompts must be at least 1")
-    refused(evaluate(folder, *held_out, "--temperatures", -1), "temperature")
-    refused(evaluate(folder, *held_out, "--prompts", 100000, "--prompt-tokens", 5), "lower --prompts")
-    refused(evaluate(folder, *held_out, "--teacher", tmp_path / "nothing"), "is no folder")
-    refused(evaluate("--samples", tmp_path / "nothing.jsonl", "--output", output), "cannot be read")
+    refused(command("--output", output), "name model folders, or give --samples")
+    refused(command(folder, "--output", output), "--shards")
+    refused(command(tmp_path, *held_out), "is no model of rdtrain")
+    refused(command(folder, folder, *held_out), "same name")
+    refused(command(folder, *held_out, "--prompts", 0), "--prompts must be at least 1")
+    refused(command(folder, *held_out, "--temperatures", -1), "temperature")
+    refused(command(folder, *held_out, "--prompts", 100000, "--prompt-tokens", 5), "lower --prompts")
+    refused(command(folder, *held_out, "--teacher", tmp_path / "nothing"), "is no folder")
+    refused(command("--samples", tmp_path / "nothing.jsonl", "--output", output), "cannot be read")
     other = shutil.copytree(shards / "validation", tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_hash": "0" * 64}))
-    refused(evaluate(folder, "--shards", other, "--output", output), "was written with tokenizer 000000000000")
+    refused(command(folder, "--shards", other, "--output", output), "was written with tokenizer 000000000000")
     assert not list(output.glob("samples-*"))
+    (output / "report.json").write_text("{}")
+    refused(command(folder, *held_out, "--prompts", 4, "--prompt-tokens", 5), "holds a report already")
 
 
 def test_a_missing_mauve_package_is_named_before_any_work(tmp_path, monkeypatch):
-    from rdtrain.errors import UserError
-    from rdtrain.evaluate.command import EvaluateSettings, evaluate
-
-    monkeypatch.setitem(__import__("sys").modules, "mauve", None)
+    monkeypatch.setitem(sys.modules, "mauve", None)
     with pytest.raises(UserError, match=r"pip install rdtrain\[mauve\]"):
         evaluate(EvaluateSettings([tmp_path], tmp_path / "report", shards=tmp_path, mauve_features=tmp_path))
