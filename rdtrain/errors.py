@@ -38,7 +38,8 @@ def user_errors_as_exit() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         reason = first_line(error)
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
-            print(f"rdtrain: out of memory ({reason}): lower batch.micro_sequences or the size of the model", file=sys.stderr, flush=True)
+            mend = "lower batch.micro_sequences (of rdtrain evaluate --batch or --judge-batch) or the size of the model"
+            print(f"rdtrain: out of memory ({reason}): {mend}", file=sys.stderr, flush=True)
             sys.exit(2)
         raise
     except KeyboardInterrupt:

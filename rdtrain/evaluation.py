@@ -5,16 +5,34 @@ models that after all K iterations. The same sequences with the same noise at ev
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .data.loader import validation_windows
 from .data.shards import ShardReader
 from .distributed import World
 from .engine import Engine
+from .model.recurrent import RecurrentDepthLM
 from .objectives import Objective
 from .randomness import SampleRandom
+
+
+@torch.no_grad()
+def held_out_nll(model: RecurrentDepthLM, objective: Objective, tokens: Tensor, indices: Sequence[int], micro_batch: int,
+                 device: torch.device, autocast: AbstractContextManager) -> Iterator[Tensor]:
+    """Yield the nats of each predicted token, fp32 [b, T], of so many of the sequences tokens [N, T + 1] at a time.
+
+    indices: N numbers that pick the noise of each sequence, whatever the micro-batch. Runs under `autocast`.
+    """
+    for start in range(0, len(indices), micro_batch):
+        part = slice(start, start + micro_batch)
+        with autocast:
+            nll = objective.held_out_nll(model, tokens[part].to(device), SampleRandom("validation", indices[part], device))
+        yield nll
 
 
 @dataclass
@@ -46,16 +64,11 @@ class Evaluator:
         self._world = world
         self._bytes_per_token = reader.bytes_per_token
 
-    @torch.no_grad()
     def __call__(self, engine: Engine, objective: Objective) -> dict[str, float]:
         """{"validation_nll": nats per token, "validation_bits_per_byte": ...}. A collective call."""
         device = self._world.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for start in range(0, len(self._indices), self._micro_batch):
-            part = slice(start, start + self._micro_batch)
-            random = SampleRandom("validation", self._indices[part], device)
-            with engine.autocast:
-                nll = objective.held_out_nll(engine.model, self._tokens[part].to(device), random)
+        for nll in held_out_nll(engine.model, objective, self._tokens, self._indices, self._micro_batch, device, engine.autocast):
             total += torch.stack((nll.double().sum(), torch.tensor(float(nll.numel()), device=device)))
         nll_sum, count = self._world.sum(total).tolist()
         nll = nll_sum / count

@@ -36,11 +36,7 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
 
     Raises UserError when there is no checkpoint, when it is damaged, or when `output` exists and overwrite is not set.
     """
-    if not (source / "state.json").exists():
-        steps = checkpoint_steps(source)
-        if not steps:
-            raise UserError(f"{source} holds no checkpoint: give a run folder that has trained, or one of its checkpoints/step-* folders")
-        source = checkpoint_folder(source, steps[-1])
+    source = newest_checkpoint(source)
     state = read_state(source)
     model = recurrent.RecurrentDepthLM(recurrent.ModelConfig(**state["model"]))
     dtype = getattr(torch, state["precision"])
@@ -56,22 +52,37 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
             shutil.copyfile(file, folder / file.name)
         for name in ("model.safetensors", "tokenizer.model"):
             shutil.copyfile(source / name, folder / name)
-        config = {
-            "format": 1,
-            "model": state["model"],
-            "noise": state["noise"],
-            "information_curve": state["objective_state"].get("information_curve"),
-            "objective": state["objective"],
-            "dtype": state["precision"],
-            "tokenizer_hash": state["tokenizer_hash"],
-            "trained_steps": state["step"],
-            "trained_tokens": state["step"] * state["tokens_per_step"],
-        }
+        config = exported_config(state)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").write_text(_model_card(config, state))
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         _verify(folder, model, noise, build_objective(ObjectiveSettings(**state["objective"]), noise.settings, model.config.iterations))
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit")
+
+
+def newest_checkpoint(source: Path) -> Path:
+    """A checkpoint folder itself, or the newest checkpoint of a run folder. UserError when there is none."""
+    if (source / "state.json").exists():
+        return source
+    steps = checkpoint_steps(source)
+    if not steps:
+        raise UserError(f"{source} holds no checkpoint: give a run folder that has trained, or one of its checkpoints/step-* folders")
+    return checkpoint_folder(source, steps[-1])
+
+
+def exported_config(state: dict) -> dict:
+    """What config.json says of the model of a checkpoint with this state."""
+    return {
+        "format": 1,
+        "model": state["model"],
+        "noise": state["noise"],
+        "information_curve": state["objective_state"].get("information_curve"),
+        "objective": state["objective"],
+        "dtype": state["precision"],
+        "tokenizer_hash": state["tokenizer_hash"],
+        "trained_steps": state["step"],
+        "trained_tokens": state["step"] * state["tokens_per_step"],
+    }
 
 
 def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedule, objective: Objective) -> None:

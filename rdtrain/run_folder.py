@@ -82,15 +82,19 @@ def _refuse_other_config(recorded: Path, config: Config) -> None:
 
 def record_facts(folder: Path, facts: dict) -> None:
     """Write run.json: `facts`, and the command, versions and machine of this start."""
+    write_atomically(folder / "run.json", json.dumps(facts | start_facts(facts["device"]), indent=2) + "\n")
+
+
+def start_facts(device: str) -> dict:
+    """The command, time, machine and versions of this start; device: `cuda` or `cpu`."""
     packages = ("rdtrain", "torch", "deepspeed", "transformers", "zarr", "sentencepiece")
-    facts = facts | {
+    return {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": torch.cuda.get_device_name() if facts["device"] == "cuda" else f"{_processor()}, {os.cpu_count()} cores",
+        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
     }
-    write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _processor() -> str:

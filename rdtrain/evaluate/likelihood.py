@@ -1,0 +1,81 @@
+"""Held-out likelihood of a model, and, of a denoising one, its cross-entropy against the noise level.
+
+The likelihood is the objective's honest one: one iteration from pure noise for a denoising model, all K iterations for an unrolled
+one. The curve against sigma is a diagnostic, not a likelihood: there the state holds the noised target, which below some level
+gives the token away.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..evaluation import held_out_nll
+from ..model.denoiser import denoise
+from ..model.generation import TextGenerator
+from ..model.recurrent import RecurrentDepthLM
+from ..objectives import Objective
+from ..objectives.base import token_losses
+from ..randomness import SampleRandom
+from .models import Source
+
+
+@dataclass
+class HeldOut:
+    """Nats per token with the standard error over sequences (None of one), and bits per byte."""
+
+    nll: float
+    standard_error: float | None
+    bits_per_byte: float
+
+
+def measure_likelihood(model: RecurrentDepthLM, objective: Objective, tokens: Tensor, bytes_per_token: float, batch: int) -> HeldOut:
+    """Held-out likelihood on sequences tokens [N, T + 1], `batch` at a time, with the noise of training's own evaluations."""
+    device = model.embedding.weight.device
+    rows = held_out_nll(model, objective, tokens, range(len(tokens)), batch, device, nullcontext())
+    each = torch.cat([nll.double().mean(1).cpu() for nll in rows])
+    nll = each.mean().item()
+    error = each.std().item() / math.sqrt(len(each)) if len(each) > 1 else None
+    return HeldOut(nll, error, nll / math.log(2) / bytes_per_token)
+
+
+def likelihood_by_iterations(source: Source, model: RecurrentDepthLM, iterations: list[int], tokens: Tensor, bytes_per_token: float,
+                             batch: int) -> list[dict]:
+    """An unrolled model's held-out likelihood after each number of iterations: [{"iterations": K, "nll": ..., ...}]."""
+    progress = tqdm(iterations, f"{source.name}: NLL against K", unit="K", disable=None)
+    return [
+        {"iterations": k, **vars(measure_likelihood(model, source.objective(k), tokens, bytes_per_token, batch))} for k in progress
+    ]
+
+
+def sigma_grid(sigma_min: float, sigma_max: float, levels: int) -> list[float]:
+    """So many noise levels from the highest to the lowest, evenly spaced in ln sigma."""
+    return torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64).exp().tolist()
+
+
+@torch.no_grad()
+def cross_entropy_by_sigma(generator: TextGenerator, tokens: Tensor, batch: int, levels: int, name: str = "") -> list[dict]:
+    """Cross-entropy of one iteration on the noised targets, every position at the same level: [{"sigma": ..., "cross_entropy": ...}].
+
+    The same noise at every level, so that the curve is as smooth as the model. In nats per token.
+    """
+    model, noise = generator.model, generator.noise
+    ends, sigma_data = (noise.settings.sigma_min, noise.settings.sigma_max), noise.sigma_data(model.config.width)
+    device = model.embedding.weight.device
+    curve = []
+    for sigma in tqdm(sigma_grid(*ends, levels), f"{name}: cross-entropy", unit="sigma", disable=None):
+        total = 0.0
+        for start in range(0, len(tokens), batch):
+            rows = tokens[start : start + batch].to(device)
+            inputs, targets = rows[:, :-1], rows[:, 1:]
+            random = SampleRandom("sigma", range(start, start + len(rows)), device)
+            eps = random.normal(targets.shape[1], model.config.width)
+            level = torch.full((len(rows), 1), sigma, device=device)
+            z = model.unit_embedding(targets) + sigma * eps
+            logits = denoise(model, z, model.prelude(inputs), level, sigma_data)
+            total += token_losses(logits, targets).double().sum().item()
+        curve.append({"sigma": sigma, "cross_entropy": total / tokens[:, 1:].numel()})
+    return curve
