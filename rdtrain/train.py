@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import checkpoint_folder, checkpoint_steps, load_checkpoint, load_weights, refuse_other_model, save_checkpoint
@@ -100,7 +101,7 @@ def train(config: Config) -> int:
         )
         if config.engine.compile:  # before the clock starts
             indices = range(config.batch.micro_sequences)
-            engine.warm_up(plan.loader.batch(indices).to(world.device), SampleRandom(config.run.seed, indices, world.device))
+            engine.warm_up(_on_device(plan.loader.batch(indices), world.device), SampleRandom(config.run.seed, indices, world.device))
         state = {"step": 0, "seconds": 0.0}
         if saved:
             state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, plan.tokenizer_hash, world)
@@ -150,7 +151,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
             rate = learning_rate(step, plan.total_steps, config.optimizer, schedule)
             micro_batches = (
                 (
-                    plan.loader.batch(indices).to(world.device, non_blocking=True),
+                    _on_device(plan.loader.batch(indices), world.device),
                     SampleRandom(config.run.seed, indices, world.device, step),
                 )
                 for indices in rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences)
@@ -205,3 +206,10 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
     if world.is_main:
         print(f"{config.run.name}: {step} steps, held-out NLL {record['validation_nll']:.4f}, in {folder}")
     return 0
+
+
+def _on_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Copied without waiting for the work that the device still has to do, which only pinned memory allows."""
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    return tokens.to(device, non_blocking=True)
