@@ -82,8 +82,9 @@ def _verify(folder: Path, model: recurrent.RecurrentDepthLM) -> None:
     with torch.no_grad():
         logits = [objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)]
     assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
+    iterations = max(2, model.config.blocks)  # so that every block runs
     continuations = [
-        torch.stack(list(code.generate(one, ids, 4, 2, noise, code.Sampling(0.0), seed=0)))
+        torch.stack(list(code.generate(one, ids, 4, iterations, noise, code.Sampling(0.0), seed=0)))
         for code, one, noise in ((generation, model, NoiseSettings()), (theirs, exported.model, theirs.NoiseSettings()))
     ]
     assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
@@ -108,11 +109,12 @@ def _model_card(config: dict, state: dict) -> str:
         else "It was trained by backpropagation through "
         f"{config['objective']['trained_iterations']} iterations after {config['objective']['free_iterations']} without gradient."
     )
+    untied = f", as {model['blocks']} untied blocks for equal shares of them" if model["blocks"] > 1 else ""
     return f"""# {state['name']}
 
 A recurrent-depth language model made with rdtrain: {model['prelude_layers']} prelude, {model['core_layers']} core and
 {model['coda_layers']} coda layers of width {model['width']}, {state['parameters']:,} parameters, vocabulary {model['vocab_size']:,};
-the core runs K = {model['iterations']} times a token. {trained}
+the core runs K = {model['iterations']} times a token{untied}. {trained}
 
 Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} tokens, in {config['dtype']}.
 

@@ -35,6 +35,12 @@ class EngineSettings:
     zero_stage: Literal[1, 2] = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
+    @property
+    def keeps_idle_blocks(self) -> bool:
+        """Whether a block that is not trained stays as it is to the bit, weights and optimizer state: tests/distributed/test_blocks.py
+        holds what is named here to it."""
+        return self.name == "torch" or (self.name == "deepspeed" and self.zero_stage in (1, 2))
+
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the precision means on this device."""
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
@@ -68,8 +74,11 @@ class Engine(ABC):
     """What a forward pass outside `train_step` runs under."""
 
     @abstractmethod
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> list[Loss]:
-        """One optimizer step over this rank's micro-batches; all are weighted alike. Returns their losses."""
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+        """One optimizer step over this rank's micro-batches; all are weighted alike. Returns their losses.
+
+        block: the one that is trained, of a model with several; the others stay as they are. None where there is one.
+        """
 
     @abstractmethod
     def gradient_norm(self) -> float:

@@ -15,11 +15,11 @@ from .recurrent import RecurrentDepthLM
 
 
 def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, core_cache: list[CacheSlot] | None = None,
-            coda_cache: list[CacheSlot] | None = None) -> Tensor:
-    """Logits [B, T, V] of the next tokens, from z and e [B, T, d] and noise levels sigma [B, 1] or [B, T] (fp32)."""
+            coda_cache: list[CacheSlot] | None = None, block: int = 0) -> Tensor:
+    """Logits [B, T, V] of the next tokens, from z and e [B, T, d] and noise levels sigma [B, 1] or [B, T] (fp32), which are `block`'s."""
     sigma_data = 1 / math.sqrt(model.config.width)
     scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
     conditioning = model.condition(scale.c_noise.squeeze(-1))
-    hidden = model.iterate(scale.c_in * z, e, conditioning, core_cache)
+    hidden = model.iterate(scale.c_in * z, e, conditioning, core_cache, block)
     estimate = scale.c_skip * z + scale.c_out * hidden.float()
     return model.readout(estimate / sigma_data, conditioning, coda_cache)

@@ -87,7 +87,8 @@ class DenoisingChain:
             if cache is None:
                 state = self._states[k] = _append(self._states[k], state)
             level = torch.full((ids.shape[0], 1), sigma, device=ids.device)
-            logits = denoise(model, state, e, level, cache and cache.core[k], cache and cache.coda[k])[:, -1:]
+            block = model.config.block_of(k, len(self._steps))
+            logits = denoise(model, state, e, level, cache and cache.core[k], cache and cache.coda[k], block)[:, -1:]
             if sigma_next > 0:
                 z = euler_step(z, model.expected_embedding(logits), sigma, sigma_next)
         return logits[:, 0]

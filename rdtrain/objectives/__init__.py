@@ -8,8 +8,8 @@ from .diffusion_blocks import DiffusionBlocks
 __all__ = ["Loss", "Metrics", "Objective", "ObjectiveSettings", "build_objective"]
 
 
-def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int) -> Objective:
-    """The objective that the settings name; iterations is the model's K."""
+def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int, blocks: int = 1) -> Objective:
+    """The objective that the settings name; iterations and blocks are the model's K and B."""
     if settings.name == "diffusion_blocks":
-        return DiffusionBlocks(noise, iterations)
+        return DiffusionBlocks(noise, iterations, blocks)
     return BackpropagationThroughTime(settings.free_iterations, settings.trained_iterations, iterations)

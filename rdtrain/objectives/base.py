@@ -54,6 +54,9 @@ class Objective(ABC):
     noise_conditioning: bool
     """Whether its models take a noise level."""
 
+    untied_blocks: bool = False
+    """Whether it trains models with more than one block."""
+
     @abstractmethod
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         """The training loss of a micro-batch."""
@@ -65,6 +68,11 @@ class Objective(ABC):
     @abstractmethod
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Operations per trained token, forward and backward."""
+
+    def active_block(self, random: SampleRandom) -> int | None:
+        """The block that a step trains, the others standing idle: a function of (seed, step), the same for all its micro-batches on
+        all ranks. None where nothing is idle."""
+        return None
 
     def held_out_nll(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Tensor:
         """Negative log-likelihood in nats of each predicted token, fp32 [B, T]."""

@@ -37,8 +37,8 @@ def logits_by_hand(model, inputs, random, free, trained):
         e = layer(e, rotary)
     state = state_by_hand(random, inputs.shape[1])
     for iteration in range(free + trained):
-        state = state @ model.adapter.weight[:, :32].T + e @ model.adapter.weight[:, 32:].T
-        for layer in model.core_layers:
+        state = state @ model.cores[0].adapter.weight[:, :32].T + e @ model.cores[0].adapter.weight[:, 32:].T
+        for layer in model.cores[0].layers:
             state = layer(state, rotary)
         if iteration < free:
             state = state.detach()
@@ -83,7 +83,7 @@ def test_free_iterations_change_the_loss_but_carry_no_gradient(build_model, toke
     assert abs(full.item() - shallow.item()) > 1e-4
     full, truncated, local = (gradients(model, loss) for loss in (full, truncated, local))
     for name in full:
-        if name.startswith(("core_layers", "prelude_layers", "adapter")):
+        if name.startswith(("cores", "prelude_layers")):
             assert relative_difference(truncated[name], full[name]) > 0.001, name
             assert relative_difference(local[name], truncated[name]) > 0.001, name
         elif name.startswith("coda_layers"):
