@@ -178,7 +178,7 @@ class RecurrentDepthLM(nn.Module):
 
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
                 cache: list[CacheSlot] | None = None, block: int = 0) -> Tensor:
-        """One iteration of a block's core: state and e [B, T, d] -> the next state [B, T, d]."""
+        """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d]."""
         return self.cores[block](state, e, self._rotary(e, cache), conditioning, cache)
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
