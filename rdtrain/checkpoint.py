@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
     checkpoints/step-00000200/
-      state.json         step, seconds trained, model, objective, tokenizer hash, ranks: what a loader checks first
+      state.json         step, seconds trained, model, objective and its state, tokenizer hash, ranks: what a loader checks first
       model.safetensors  the weights, once, in the dtype they train in; with the tokenizer, what `rdtrain export` reads
       tokenizer.model    the tokenizer of the shards
       engine files       weights and optimizer state as the engine keeps them, a part from each rank
@@ -100,7 +100,7 @@ def read_state(folder: Path) -> dict:
     """state.json of a checkpoint. UserError when the folder is not one."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        if {"step", "seconds", "model", "noise", "objective", "precision", "tokenizer_hash", "ranks"} <= state.keys():
+        if {"step", "seconds", "model", "noise", "objective", "objective_state", "precision", "tokenizer_hash", "ranks"} <= state.keys():
             return state
         raise ValueError
     except (OSError, ValueError, AttributeError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import load_config
+from .config import Config, load_config
 from .data.output import write_atomically
 from .errors import UserError
 from .metrics import read_metrics
@@ -78,14 +78,11 @@ def _read_arm(folder: Path) -> Arm:
     if not timed or not evaluated or evaluated[-1]["step"] == 0:
         raise UserError(f"the run in {folder} has not been evaluated since it started: let it train for longer")
     last = evaluated[-1]
-    objective = config.objective.name
-    if objective == "bptt":
-        objective += f" {config.objective.free_iterations} + {config.objective.trained_iterations}"
     # The first record holds the start-up: kernels chosen, memory first touched.
     step_seconds = statistics.median(record["step_seconds"] for record in timed[1:] or timed)
     return Arm(
         name=facts["name"],
-        objective=objective,
+        objective=_objective(config),
         folder=str(folder),
         machine=facts["machine"],
         ranks=facts["ranks"],
@@ -105,6 +102,17 @@ def _read_arm(folder: Path) -> Arm:
         validation_bits_per_byte=last["validation_bits_per_byte"],
         curve=[(record["training_flops"], record["validation_nll"]) for record in evaluated],
     )
+
+
+def _objective(config: Config) -> str:
+    """The objective as the report names it."""
+    objective = config.objective
+    if objective.name != "bptt":
+        return objective.name
+    last = f" {objective.trained_iterations}" if objective.gradient == "truncated" else ""
+    depth = "Poisson depth" if objective.depth == "poisson" else "depth"
+    again = ", activation checkpointing" if objective.activation_checkpointing else ""
+    return f"bptt {objective.gradient}{last}, {depth} {config.model.iterations}{again}"
 
 
 def _report(arms: list[Arm], plot: str) -> str:
@@ -133,7 +141,8 @@ def _report(arms: list[Arm], plot: str) -> str:
     text += [
         "Held-out NLL is taken from pure noise for denoising blocks (one iteration at sigma_max) and after all K iterations for an "
         "unrolled model, never from a noised target. Peak memory is what the process holds above its size at the start on CPU, and "
-        "what PyTorch allocated on CUDA. FLOPs count recurrence: parts that carry gradient three times, free iterations once.",
+        "what PyTorch allocated on CUDA. FLOPs count recurrence: parts that carry gradient three times, iterations without gradient "
+        "once, the mean where the depth is drawn; what activation checkpointing computes again is not counted.",
         "",
     ]
     return "\n".join(text)

@@ -1,7 +1,7 @@
 """From a checkpoint to a folder that generates text on its own.
 
     OUTPUT/
-      config.json         model, noise levels, dtype, tokenizer hash, training facts
+      config.json         model, noise levels, information curve, dtype, tokenizer hash, training facts
       model.safetensors   the weights
       tokenizer.model     the tokenizer
       *.py                rdtrain/model, byte for byte: `python OUTPUT --prompt TEXT` runs it
@@ -23,9 +23,9 @@ from .checkpoint import checkpoint_folder, checkpoint_steps, load_weights, read_
 from .data.output import output_folder
 from .errors import UserError
 from .model import generation, recurrent
-from .model.noise import NoiseSettings
+from .model.noise import NoiseSchedule
 from .model.tokenizer import Tokenizer
-from .objectives import ObjectiveSettings, build_objective
+from .objectives import Objective, ObjectiveSettings, build_objective
 from .randomness import SampleRandom
 
 MODEL_FILES = Path(recurrent.__file__).parent
@@ -60,6 +60,7 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
             "format": 1,
             "model": state["model"],
             "noise": state["noise"],
+            "information_curve": state["objective_state"].get("information_curve"),
             "objective": state["objective"],
             "dtype": state["precision"],
             "tokenizer_hash": state["tokenizer_hash"],
@@ -68,24 +69,24 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").write_text(_model_card(config, state))
-        _verify(folder, model)
+        noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
+        settings, shape = ObjectiveSettings(**state["objective"]), model.config
+        _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit")
 
 
-def _verify(folder: Path, model: recurrent.RecurrentDepthLM) -> None:
+def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedule, objective: Objective) -> None:
     """AssertionError when the folder's own code and files do not compute what the training model does: logits and a continuation."""
     theirs = load_exported(folder)
     exported = theirs.TextGenerator.load(folder, device="cpu")
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    name = "diffusion_blocks" if model.config.noise_conditioning else "bptt"
-    objective = build_objective(ObjectiveSettings(name), NoiseSettings(), iterations=2)
     with torch.no_grad():
         logits = [objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)]
     assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
     iterations = max(2, model.config.blocks)  # so that every block runs
     continuations = [
-        torch.stack(list(code.generate(one, ids, 4, iterations, noise, code.Sampling(0.0), seed=0)))
-        for code, one, noise in ((generation, model, NoiseSettings()), (theirs, exported.model, theirs.NoiseSettings()))
+        torch.stack(list(code.generate(one, ids, 4, iterations, levels, code.Sampling(0.0), seed=0)))
+        for code, one, levels in ((generation, model, noise), (theirs, exported.model, exported.noise))
     ]
     assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
@@ -102,13 +103,18 @@ def load_exported(folder: Path):
 
 
 def _model_card(config: dict, state: dict) -> str:
-    model, objective = config["model"], config["objective"]["name"]
-    trained = (
-        "Each iteration was trained on its own as a denoising block, in a single pass (DiffusionBlocks, arXiv 2506.14202)."
-        if objective == "diffusion_blocks"
-        else "It was trained by backpropagation through "
-        f"{config['objective']['trained_iterations']} iterations after {config['objective']['free_iterations']} without gradient."
-    )
+    model, objective = config["model"], config["objective"]
+    if objective["name"] == "diffusion_blocks":
+        trained = "Each iteration was trained on its own as a denoising block, in a single pass (DiffusionBlocks, arXiv 2506.14202)."
+    elif objective["name"] == "one_pass":
+        trained = "It was trained as an ordinary language model, in one pass from a state of zeros."
+    else:
+        last = {"full": "all", "truncated": f"the last {objective['trained_iterations']}", "local": "the last"}[objective["gradient"]]
+        depth = {
+            "fixed": f"{model['iterations']} iterations",
+            "poisson": f"a number of iterations drawn for each step (Huginn's log-normal Poisson around {model['iterations']})",
+        }[objective["depth"]]
+        trained = f"It was trained by backpropagation through {last} of {depth}."
     untied = f", as {model['blocks']} untied blocks for equal shares of them" if model["blocks"] > 1 else ""
     return f"""# {state['name']}
 

@@ -2,7 +2,8 @@
 
 Conventions: a multiply-add is two operations; attention is counted over all T positions of a sequence (as torch's FlopCounterMode
 counts it), although a causal kernel may skip half; norms, activations and the softmax are left out; a backward pass costs twice
-its forward pass, so a part that carries gradient counts three times and one that runs without gradient counts once.
+its forward pass, so a part that carries gradient counts three times and one that runs without gradient counts once. What activation
+checkpointing computes again is no operation of the model, and is left out.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """The training loop: the one place where data, model, objective and engine meet.
 
 It reads top to bottom: open the data, build the model and its objective, hand both to an engine, restore the last checkpoint, and
-step. What a step computes is a function of (config, step): sample order, noise and learning rate hold no state of their own, so a
-run that was stopped goes on exactly where it was.
+step. What a step computes is a function of (config, step): sample order, noise and learning rate hold no state of their own, and what
+an objective learns beside the weights is in every checkpoint, so a run that was stopped goes on exactly where it was.
 """
 
 import math
@@ -58,9 +58,7 @@ class Plan:
         objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
         if config.model.blocks > 1:
             _refuse_untied_blocks(config, objective)
-        model = ModelConfig(
-            **asdict(config.model), vocab_size=shards.vocab_size, noise_conditioning=objective.noise_conditioning
-        )
+        model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_fields)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         tokens_per_step = config.batch.global_sequences * length
@@ -116,9 +114,13 @@ def train(config: Config) -> int:
         engine = build_engine(
             config.engine, model, plan.objective, config.optimizer, config.batch.micro_sequences, plan.accumulation, world
         )
+        if config.engine.compile:  # before the clock starts
+            indices = range(config.batch.micro_sequences)
+            engine.warm_up(plan.loader.batch(indices).to(world.device), SampleRandom(config.run.seed, indices, world.device))
         state = {"step": 0, "seconds": 0.0}
         if saved:
             state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, plan.tokenizer_hash, world)
+            plan.objective.load_state(state["objective_state"], world)
         dtype = config.engine.dtype(world.device)
         facts = {
             "name": config.run.name,
@@ -173,6 +175,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
             for loss in engine.train_step(micro_batches, rate, block):
                 sums.add(loss.metrics)
             step += 1
+            plan.objective.after_step(step, world)
             stop = stop_agreed()
             last = step == plan.total_steps
             evaluate = last or step % config.evaluation.interval == 0
@@ -209,7 +212,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                     progress.set_postfix_str(f"loss {means['loss']:.3f}, held-out NLL {record['validation_nll']:.3f}")
                 logger.log(record)
             if save:
-                state = {"step": step, "seconds": seconds} | facts
+                state = {"step": step, "seconds": seconds} | facts | {"objective_state": plan.objective.state(world)}
                 save_checkpoint(folder, state, engine, plan.tokenizer, config.checkpoint.keep, world)
             if stop and not last:
                 if world.is_main:

@@ -10,7 +10,7 @@ from rdtrain.train import train
 
 
 def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
-    arms = {"blocks": {"name": "diffusion_blocks"}, "bptt": {"name": "bptt", "free_iterations": 3, "trained_iterations": 2}}
+    arms = {"blocks": {"name": "diffusion_blocks"}, "bptt": {"name": "bptt", "trained_iterations": 2}}
     for name, objective in arms.items():
         source = {"learning_rate_source": "a sweep"} if name == "bptt" else {}
         assert train(load_config(tiny_config(name, objective=objective, optimizer=source))) == 0
@@ -24,7 +24,7 @@ def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
         assert arm["validation_nll"] == last["validation_nll"] and f"**{arm['validation_nll']:.4f}**" in text
         assert arm["training_flops"] == pytest.approx(arm["tokens"] * arm["training_flops_per_token"])
         assert len(arm["curve"]) == 3 and arm["curve"][-1] == [last["training_flops"], last["validation_nll"]]
-    assert "| objective | diffusion_blocks | bptt 3 + 2 |" in text and "a sweep" in text
+    assert "| objective | diffusion_blocks | bptt truncated 2, Poisson depth 4 |" in text and "a sweep" in text
     ratio = bptt["training_flops_per_token"] / blocks["training_flops_per_token"]
     assert ratio > 1 and f"bptt costs {ratio:.2f} times the training FLOPs a token of blocks" in text
     # At the smaller budget the curve of that run has its end, and the other is interpolated between its evaluations.

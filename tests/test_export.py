@@ -12,6 +12,8 @@ import torch
 from rdtrain import export as export_module
 from rdtrain.checkpoint import load_weights
 from rdtrain.config import load_config
+from rdtrain.model.information import InformationCurve
+from rdtrain.model.noise import NoiseSchedule
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import build_objective
 from rdtrain.randomness import SampleRandom
@@ -20,10 +22,10 @@ from rdtrain.train import train
 ALONE = "import sys, runpy; sys.modules['rdtrain'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-@pytest.fixture(params=["diffusion_blocks", "bptt"])
+@pytest.fixture(params=["diffusion_blocks", "bptt", "one_pass"])
 def exported(request, tiny_config, tmp_path, rdtrain) -> Path:
     """The folder of a tiny model, exported by the command."""
-    config = load_config(tiny_config(objective={"name": request.param, "free_iterations": 3, "trained_iterations": 1}))
+    config = load_config(tiny_config(objective={"name": request.param}, model={"iterations": 1 if request.param == "one_pass" else 4}))
     assert train(config) == 0
     result = rdtrain("export", tmp_path / "run", "--output", tmp_path / "model")
     assert result.returncode == 0 and "bit for bit" in result.stdout, result.stderr
@@ -61,7 +63,7 @@ def test_it_generates_text_where_rdtrain_cannot_be_imported(exported):
     for result in runs:
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("The function") and len(result.stdout) > 20
-        assert "K = 4" in result.stderr
+        assert f"K = {json.loads((exported / 'config.json').read_text())['model']['iterations']}" in result.stderr
     assert runs[0].stdout == runs[1].stdout
 
 
@@ -69,12 +71,39 @@ def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
     result = rdtrain("generate", exported, "--prompt", "A", "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5")
     assert result.returncode == 0 and result.stderr.count("K = 2") == 2, result.stderr
     assert "--temperature" in rdtrain("generate", exported, "--help").stdout
+    chain = ("--solver", "ancestral", "--chain-temperature", "0.9", "--chain-top-p", "0.9", "--min-p", "0.01")
+    changed = rdtrain("generate", exported, "--prompt", "A", "--iterations", "2", "--max-new-tokens", "5", *chain)
+    if json.loads((exported / "config.json").read_text())["model"]["noise_conditioning"]:
+        assert changed.returncode == 0 and changed.stdout.startswith("A") and changed.stdout.strip() not in result.stdout
+    else:
+        assert changed.returncode == 1 and "leave them out" in changed.stderr and "Traceback" not in changed.stderr
+
+
+@pytest.mark.parametrize("partition", ["uniform", "equal_information"])
+def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, tmp_path, rdtrain, partition):
+    """Past the step at which the information curve is first brought up to date, and with another sigma_data."""
+    noise = {"partition": partition, "sigma_data": 0.5, "weighting": "edm"}
+    config = load_config(tiny_config(noise=noise, schedule={"steps": 17}, evaluation={"interval": 17}))
+    assert train(config) == 0
+    export_module.export(tmp_path / "run", tmp_path / "model")
+    state = json.loads((tmp_path / "run/checkpoints/step-00000017/state.json").read_text())
+    schedule = export_module.load_exported(tmp_path / "model").TextGenerator.load(tmp_path / "model", "cpu").noise
+    trained = NoiseSchedule(config.noise, InformationCurve(0.002, 80.0, state["objective_state"]["information_curve"]))
+    for iterations in (1, 4, 64):
+        assert schedule.levels(iterations) == trained.levels(iterations)
+    assert schedule.levels(1) == [80.0, 0.0] and schedule.sigma_data(32) == 0.5
+    if partition == "equal_information":
+        assert schedule.levels(4) != NoiseSchedule(config.noise, InformationCurve.expected(0.002, 80.0)).levels(4)
+    result = alone(tmp_path / "model", "--prompt", "A", "--max-new-tokens", "4", "--iterations", "7")
+    assert result.returncode == 0 and "K = 7" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)
 def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported, tmp_path, rdtrain, refused):
     result = alone(exported, "--prompt", "A", "--iterations", "0")
     assert result.returncode == 1 and "at least one iteration" in result.stderr and "Traceback" not in result.stderr
+    result = alone(exported, "--solver", "heun")
+    assert result.returncode == 1 and "solver must be one of euler, " in result.stderr and "Traceback" not in result.stderr
     result = alone(exported, "--device", "nonsense")
     assert result.returncode == 1 and "there is no device nonsense here" in result.stderr and "Traceback" not in result.stderr
     refused(rdtrain("export", tmp_path / "run", "--output", exported), "exists already", "overwrite")

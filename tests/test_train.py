@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["gradient_norm"]) for record in read_metrics(folder / "metrics.jsonl")[1:]]
 
 
-@pytest.mark.parametrize("objective", [{"name": "diffusion_blocks"}, {"name": "bptt", "free_iterations": 3, "trained_iterations": 2}])
-def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_path, objective):
-    config = load_config(tiny_config(objective=objective, schedule={"steps": 40}, evaluation={"interval": 20}))
+@pytest.mark.parametrize("name", ["diffusion_blocks", "bptt", "one_pass"])
+def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_path, name):
+    settings = {"objective": {"name": name}, "model": {"iterations": 1} if name == "one_pass" else {}}
+    config = load_config(tiny_config(**settings, schedule={"steps": 40}, evaluation={"interval": 20}))
     assert train(config) == 0
     folder = tmp_path / "run"
     records = read_metrics(folder / "metrics.jsonl")
@@ -31,13 +33,20 @@ def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_pa
     assert evaluated[40] < evaluated[0] - 0.5
     assert json.loads((folder / "run.json").read_text())["total_steps"] == 40
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000036", "step-00000040"]
-    if objective["name"] == "diffusion_blocks":
+    if name == "diffusion_blocks":
         assert len(records[1]["loss_by_iteration"]) == 4
+    if name == "bptt":
+        depths = [record["depth"] for record in records[1:]]
+        assert all(depth == int(depth) >= 1 for depth in depths) and len(set(depths)) > 4
+        assert sum(depths) / len(depths) == pytest.approx(5, abs=1.8)
 
 
-@pytest.mark.parametrize("objective", ["diffusion_blocks", "bptt"])
+@pytest.mark.parametrize(
+    "objective", [{"name": "diffusion_blocks"}, {"name": "bptt", "trained_iterations": 2, "activation_checkpointing": True}]
+)
 def test_an_interrupted_and_resumed_run_is_bit_identical(tiny_config, tmp_path, objective):
-    settings = {"objective": {"name": objective, "free_iterations": 3, "trained_iterations": 2}, "logging": {"interval": 1}}
+    """The depth of each step of bptt is drawn anew, and alike."""
+    settings = {"objective": objective, "logging": {"interval": 1}}
     assert train(load_config(tiny_config("whole", **settings))) == 0
     parts = load_config(tiny_config("parts", **settings))
     stopped_at = _stop_in_step(parts, 5)
@@ -47,6 +56,24 @@ def test_an_interrupted_and_resumed_run_is_bit_identical(tiny_config, tmp_path, 
     weights = [load_file(tmp_path / run / "checkpoints/step-00000008/model.safetensors") for run in ("whole", "parts")]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_the_information_curve_goes_on_from_a_checkpoint_between_two_updates(tiny_config, tmp_path):
+    """Updates are at steps 16 and 32, the checkpoint at 21; iterations of equal information, a level for each token."""
+    noise = {"partition": "equal_information", "level_per": "token"}
+    settings = {"noise": noise, "schedule": {"steps": 36}, "checkpoint": {"interval": 21}, "evaluation": {"interval": 36}}
+    config = load_config(tiny_config(**settings))
+    assert train(config) == 0
+    whole, last = losses(tmp_path / "run"), tmp_path / "run/checkpoints/step-00000036"
+    state, weights = json.loads((last / "state.json").read_text()), load_file(last / "model.safetensors")
+    middle = json.loads((tmp_path / "run/checkpoints/step-00000021/state.json").read_text())
+    assert sum(middle["objective_state"]["pending"][1]) == 5 * 8 * 16  # five steps of 8 sequences of 16 tokens
+    assert middle["objective_state"]["information_curve"] != state["objective_state"]["information_curve"]
+    shutil.rmtree(last)
+    assert train(config) == 0
+    assert losses(tmp_path / "run") == whole
+    assert json.loads((last / "state.json").read_text())["objective_state"] == state["objective_state"]
+    assert all(tensor.equal(weights[name]) for name, tensor in load_file(last / "model.safetensors").items())
 
 
 def _stop_in_step(config, step: int) -> int:

@@ -44,7 +44,7 @@ def test_four_blocks_train_resume_bit_for_bit_export_and_generate(tiny_config, t
 
 def test_blocks_that_cannot_be_are_refused_before_any_work(tiny_config, tmp_path, rdtrain, refused):
     refused(rdtrain("train", "--config", tiny_config(), "model.blocks=3"), "blocks must divide iterations, and 3 does not divide 4")
-    config = tiny_config(objective={"name": "bptt", "free_iterations": 3, "trained_iterations": 1}, model={"blocks": 2})
+    config = tiny_config(objective={"name": "bptt", "trained_iterations": 1}, model={"blocks": 2})
     refused(rdtrain("train", "--config", config), "objective.name=bptt trains one core", "model.blocks is 2", "diffusion_blocks")
     assert not (tmp_path / "run").exists()
 

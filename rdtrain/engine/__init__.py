@@ -32,4 +32,4 @@ def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: O
 
     from .torch_engine import TorchEngine
 
-    return TorchEngine(model, objective, optimizer, accumulation, world.device, dtype)
+    return TorchEngine(model, objective, optimizer, accumulation, world.device, dtype, settings.compile)

@@ -28,12 +28,19 @@ class EngineSettings:
 
     name: `deepspeed` (any number of ranks) or `torch` (one process of plain PyTorch, the reference).
     zero_stage: deepspeed only: 1 shards the optimizer state, 2 the gradients as well.
+    compile: torch only: compile prelude, core, coda and loss with torch.compile before training starts.
     precision: `bf16` (fp32 master weights), `fp32`, or `auto`: bf16 on CUDA and fp32 on CPU.
     """
 
     name: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal[1, 2] = 1
+    compile: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+    def __post_init__(self):
+        """ValueError for an engine that cannot compile."""
+        if self.compile and self.name != "torch":
+            raise ValueError("compile works with the torch engine alone: use name=torch or leave compile off")
 
     @property
     def keeps_idle_blocks(self) -> bool:
@@ -79,6 +86,10 @@ class Engine(ABC):
 
         block: the one that is trained, of a model with several; the others stay as they are. None where there is one.
         """
+
+    def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
+        """Run a forward and backward pass that changes nothing, so that a first use that costs time is over."""
+        raise NotImplementedError
 
     @abstractmethod
     def gradient_norm(self) -> float:

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss, Objective
 from ..optimization import OptimizerSettings, build_optimizer
+from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
 
 
@@ -16,9 +17,11 @@ class TorchEngine(Engine):
     """bf16 means autocast here: weights stay fp32."""
 
     def __init__(self, model: RecurrentDepthLM, objective: Objective, optimizer: OptimizerSettings, accumulation: int,
-                 device: torch.device, dtype: torch.dtype):
+                 device: torch.device, dtype: torch.dtype, compile: bool = False):
         """accumulation: micro-batches per step."""
         self.model = model.to(device)
+        if compile:
+            self.model.compile_parts()
         self._module = TrainingModule(self.model, objective)
         self._optimizer = build_optimizer(model, optimizer)
         self._clipping = optimizer.gradient_clipping or float("inf")
@@ -40,6 +43,12 @@ class TorchEngine(Engine):
         self._optimizer.step()
         self._optimizer.zero_grad()
         return losses
+
+    def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
+        with self.autocast:
+            value, _ = self._module(tokens, random)
+        value.backward()
+        self._optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
         return float(self._norm)

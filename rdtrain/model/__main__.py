@@ -29,6 +29,18 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the last iteration's distribution; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that make up this probability")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="keep the tokens at least this many times as likely as the likeliest; 0 keeps all"
+    )
+    parser.add_argument(
+        "--solver", default="euler", help="how a denoising model goes from one iteration to the next: euler, along the expected "
+        "embedding; multistep, the same to second order, for few iterations; ancestral, by a token drawn at each iteration"
+    )
+    parser.add_argument(
+        "--chain-temperature", type=float, default=1.0, help="sharpens what each iteration of a denoising model but the last hands to "
+        "the next: below 1 the text becomes likelier and less varied, earlier than --temperature can make it"
+    )
+    parser.add_argument("--chain-top-p", type=float, default=1.0, help="as --top-p, within each iteration but the last")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of sampling")
     parser.add_argument("--no-cache", action="store_true", help="recompute the past at every token (slow; for checking)")
     parser.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one)")
@@ -37,8 +49,11 @@ def main() -> None:
     from .generation import Sampling, TextGenerator
 
     try:
+        sampling = Sampling(
+            arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.solver, arguments.chain_temperature,
+            arguments.chain_top_p,
+        )
         generator = TextGenerator.load(FOLDER, arguments.device)
-        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         for prompt in arguments.prompt or [""]:
             print(prompt, end="", flush=True)
             started, count = time.perf_counter(), 0

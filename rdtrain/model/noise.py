@@ -2,16 +2,19 @@
 
 Sources: DiffusionBlocks (arXiv 2506.14202), section 3.3 and appendices C and E; EDM (Karras et al. 2022, arXiv 2206.00364),
 table 1. Iteration 1 owns the highest noise and iteration K the lowest. All of it is fp32 (or Python floats) whatever the model's
-dtype. One thing differs from DiffusionBlocks on purpose: sigma_data is the true standard deviation of the target, 1/sqrt(d) for
-unit-length embeddings of d channels, so that the core sees unit variance at every level.
+dtype. One thing differs from DiffusionBlocks on purpose: sigma_data is, unless it is set, the true standard deviation of the target,
+1/sqrt(d) for unit-length embeddings of d channels, so that the core sees unit variance at every level.
 """
 
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .information import InformationCurve
 
 
 @dataclass
@@ -21,8 +24,13 @@ class NoiseSettings:
     p_mean, p_std: ln(sigma) ~ Normal(p_mean, p_std^2).
     sigma_min, sigma_max: the ends that the distribution is truncated to.
     overlap: gamma; the training interval [lo, hi] of an iteration is widened to [lo / a, hi * a] with a = (hi / lo)^gamma.
-    share_at_sigma_max: the share of training sequences whose state is pure noise (sigma = sigma_max), which is the level that
-        next-token prediction in one pass uses.
+    share_at_sigma_max: the share of training sequences (or tokens, see level_per) whose state is pure noise (sigma = sigma_max),
+        which is the level that next-token prediction in one pass uses.
+    partition: how the levels are divided into iterations: `equi_probability` under the distribution, `uniform` in ln(sigma), or
+        `equal_information`: each iteration removes the same number of nats, by the curve that is learned in training.
+    level_per: whether a `sequence` or each `token` has an iteration and a noise level of its own in training.
+    sigma_data: the target's standard deviation that the preconditioning assumes; none: the true one, 1/sqrt(d).
+    weighting: of the training loss: `none`, or `edm`: (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2. Logged losses have no weight.
     """
 
     p_mean: float = -0.7
@@ -31,11 +39,15 @@ class NoiseSettings:
     sigma_max: float = 80.0
     overlap: float = 0.1
     share_at_sigma_max: float = 0.3
+    partition: Literal["equi_probability", "uniform", "equal_information"] = "equi_probability"
+    level_per: Literal["sequence", "token"] = "sequence"
+    sigma_data: float | None = None
+    weighting: Literal["none", "edm"] = "none"
 
     def __post_init__(self):
         """ValueError, in one sentence, for noise that cannot be."""
         for name, value in vars(self).items():
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, and it is {value}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
@@ -53,6 +65,8 @@ class NoiseSettings:
             raise ValueError(f"overlap must lie in [0, 1], and it is {self.overlap}")
         if not 0 <= self.share_at_sigma_max <= 1:
             raise ValueError(f"share_at_sigma_max must lie in [0, 1], and it is {self.share_at_sigma_max}")
+        if self.sigma_data is not None and self.sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, or left out for the targets' own, and it is {self.sigma_data}")
 
 
 class LogNormalNoise:
@@ -80,29 +94,61 @@ class LogNormalNoise:
         p_mean, p_std = self.settings.p_mean, self.settings.p_std
         # float64: near the ends the normal's cdf has less room in fp32 than an interval is wide.
         bounds = torch.stack((low, high)).double()
-        q_low, q_high = torch.special.ndtr((bounds.log() - p_mean) / p_std)
-        log_sigma = p_mean + p_std * torch.special.ndtri(q_low + uniform.double() * (q_high - q_low))
+        ends, uniform = (bounds.log() - p_mean) / p_std, uniform.double()
+        # Above the mean the mirror image is used: the cdf keeps its digits near 0 (by erfc; torch's ndtr does not) and loses them near 1.
+        mirrored = ends[0] > 0
+        ends, uniform = torch.where(mirrored, -ends.flip(0), ends), torch.where(mirrored, 1 - uniform, uniform)
+        q_low, q_high = torch.erfc(-ends / math.sqrt(2)) / 2
+        normal = torch.special.ndtri(q_low + uniform * (q_high - q_low))
+        log_sigma = p_mean + p_std * torch.where(mirrored, -normal, normal)
         return log_sigma.exp().clamp(bounds[0], bounds[1]).float()
 
 
-class EquiProbabilityPartition:
-    """K intervals of equal probability under the noise distribution (DiffusionBlocks, section 3.3)."""
+class NoiseSchedule:
+    """All there is to know of noise levels, for any number of iterations K: training and generation both ask it."""
 
-    def __init__(self, noise: LogNormalNoise, iterations: int):
-        self.noise = noise
-        self.iterations = iterations
-        self.edges = [noise.quantile(1 - k / iterations) for k in range(iterations + 1)]
-        """K + 1 noise levels, falling from sigma_max to sigma_min."""
+    def __init__(self, settings: NoiseSettings, curve: InformationCurve | None = None):
+        """curve: cross-entropy against sigma, which partition=equal_information needs."""
+        self.settings = settings
+        self.curve = curve
+        self.distribution = LogNormalNoise(settings)
 
-    def interval(self, k: int) -> tuple[float, float]:
+    @classmethod
+    def from_plain(cls, settings: dict, curve: list[float] | None) -> "NoiseSchedule":
+        """From what a checkpoint or an export holds: the fields of NoiseSettings, and the curve's points where there are some."""
+        noise = NoiseSettings(**settings)
+        return cls(noise, None if curve is None else InformationCurve(noise.sigma_min, noise.sigma_max, curve))
+
+    def edges(self, iterations: int) -> list[float]:
+        """K + 1 noise levels, falling from sigma_max to sigma_min: iteration k in 1..K owns [edges[k], edges[k - 1]].
+
+        ValueError for partition=equal_information without a curve.
+        """
+        settings = self.settings
+        if settings.partition == "equi_probability":  # DiffusionBlocks, section 3.3
+            return [self.distribution.quantile(1 - k / iterations) for k in range(iterations + 1)]
+        if settings.partition == "uniform":
+            ratio = settings.sigma_min / settings.sigma_max
+            inner = [settings.sigma_max * ratio ** (k / iterations) for k in range(1, iterations)]
+            return [settings.sigma_max, *inner, settings.sigma_min]
+        if self.curve is None:
+            raise ValueError("noise levels of equal information need the curve that is learned in training: give a model that has one")
+        return self.curve.equal_edges(iterations)
+
+    def interval(self, k: int, iterations: int) -> tuple[float, float]:
         """(low, high) of iteration k in 1..K, widened by the overlap and clipped to the ends: what it is trained on."""
-        low, high = self.edges[k], self.edges[k - 1]
-        widening = (high / low) ** self.noise.settings.overlap
-        return max(low / widening, self.edges[-1]), min(high * widening, self.edges[0])
+        edges = self.edges(iterations)
+        low, high = edges[k], edges[k - 1]
+        widening = (high / low) ** self.settings.overlap
+        return max(low / widening, edges[-1]), min(high * widening, edges[0])
 
-    def levels(self) -> list[float]:
+    def levels(self, iterations: int) -> list[float]:
         """K + 1 levels of the Euler chain: iteration k runs at levels[k - 1], the top of its interval, and the last step ends at 0."""
-        return self.edges[:-1] + [0.0]
+        return self.edges(iterations)[:-1] + [0.0]
+
+    def sigma_data(self, width: int) -> float:
+        """The standard deviation of a target's components that the preconditioning assumes, for targets of `width` channels."""
+        return 1 / math.sqrt(width) if self.settings.sigma_data is None else self.settings.sigma_data
 
 
 @dataclass
@@ -126,11 +172,6 @@ class Preconditioning:
         )
 
 
-def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """One Euler step of the probability-flow ODE from sigma down to sigma_next, written as an average.
-
-    z + (sigma_next - sigma) / sigma * (z - D), EDM's algorithm 1; the sign in DiffusionBlocks' printed equations 3-5 would make
-    the noise grow.
-    """
-    keep = sigma_next / sigma
-    return keep * z + (1 - keep) * denoised
+def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """EDM's weight of the loss at a noise level, 1 / c_out^2, of sigma's shape (EDM, table 1)."""
+    return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()

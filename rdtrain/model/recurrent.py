@@ -13,6 +13,7 @@ and coda layer, as DiffusionBlocks needs it (arXiv 2506.14202).
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,15 +82,24 @@ class ModelConfig(ModelSettings):
 
     vocab_size: rows of the embedding.
     noise_conditioning: whether core and coda layers take a noise level.
+    feedback: what an iteration is told of the one before it besides the state: nothing, the expected embedding of its logits
+        (`estimate`), what its coda ended with (`hidden`), or what its core ended with (`core`).
+    core_readout: whether logits can also be read straight from the core's state.
+    initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
     """
 
     vocab_size: int = 0
     noise_conditioning: bool = False
+    feedback: Literal["none", "estimate", "hidden", "core"] = "none"
+    core_readout: bool = False
+    initial_state: Literal["normal", "zero"] = "normal"
 
     def __post_init__(self):
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, and it is {self.vocab_size}")
+        if self.initial_state not in ("normal", "zero"):
+            raise ValueError(f"initial_state must be normal or zero, and it is {self.initial_state}")
 
 
 class NoiseEmbedding(nn.Module):
@@ -113,13 +123,17 @@ class Core(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.config = config
         self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
         self.layers = sandwich_blocks(config, config.core_layers, config.noise_conditioning)
 
-    def forward(self, state: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None = None,
-                cache: list[CacheSlot] | None = None) -> Tensor:
-        """state, e [B, T, d] -> the next state [B, T, d]."""
-        return run_layers(self.layers, self.adapter(torch.cat((state.to(e.dtype), e), dim=-1)), rotary, conditioning, cache)
+    def forward(self, state: Tensor, e: Tensor, conditioning: Tensor | None, cache: list[CacheSlot] | None,
+                told: Tensor | None) -> Tensor:
+        """state, e [B, T, d] -> the next state [B, T, d]; told: what the feedback adds to the adapter's output, [B, T, d]."""
+        x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
+        if told is not None:
+            x = x + told
+        return run_layers(self.config, self.layers, x, conditioning, cache)
 
 
 def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.ModuleList:
@@ -128,9 +142,11 @@ def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.Mo
     return nn.ModuleList(SandwichBlock(config.width, config.heads, config.mlp_width, config.norm_eps, width) for _ in range(count))
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None,
+def run_layers(config: ModelConfig, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None,
                cache: list[CacheSlot] | None) -> Tensor:
     """Layers one after another, each with its slot of the cache: x [B, T, d] -> [B, T, d]."""
+    start = cache[0].length if cache else 0
+    rotary = rotary_table(start, start + x.shape[1], config.head_width, config.rope_base, x.device)
     for index, layer in enumerate(layers):
         x = layer(x, rotary, conditioning, cache[index] if cache else None)
     return x
@@ -148,6 +164,9 @@ class RecurrentDepthLM(nn.Module):
         self.coda_layers = sandwich_blocks(config, config.coda_layers, conditioned=config.noise_conditioning)
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.noise_embedding = NoiseEmbedding() if config.noise_conditioning else None
+        self.feedback = nn.Linear(config.width, config.width, bias=False) if config.feedback != "none" else None
+        self.core_norm = RMSNorm(config.width, config.norm_eps) if config.core_readout else None
+        self.core_scale = nn.Parameter(torch.ones(1)) if config.core_readout else None
         self.initialise()
 
     @torch.no_grad()
@@ -161,9 +180,9 @@ class RecurrentDepthLM(nn.Module):
         std = math.sqrt(2 / (5 * config.width))
         depth = config.prelude_layers + config.coda_layers + config.core_layers * config.iterations
         for name, parameter in self.named_parameters():
-            if "norm" in name.rsplit(".", 2)[-2]:
-                continue  # RMSNorm weights stay at one
-            if ".modulation." in name or name.endswith(".bias"):
+            if name == "core_scale" or "norm" in name.rsplit(".", 2)[-2]:
+                continue  # these stay at one
+            if ".modulation." in name or name.endswith(".bias") or name == "feedback.weight":
                 parameter.zero_()
             elif name.startswith("noise_embedding."):
                 nn.init.normal_(parameter, std=CONDITIONING_WIDTH**-0.5)
@@ -174,18 +193,46 @@ class RecurrentDepthLM(nn.Module):
     def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None) -> Tensor:
         """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
         x = self.embedding(ids) * math.sqrt(self.config.width)
-        return run_layers(self.prelude_layers, x, self._rotary(x, cache), None, cache)
+        return run_layers(self.config, self.prelude_layers, x, None, cache)
 
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
-                cache: list[CacheSlot] | None = None, block: int = 0) -> Tensor:
-        """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d]."""
-        return self.cores[block](state, e, self._rotary(e, cache), conditioning, cache)
+                cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0) -> Tensor:
+        """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d].
 
-    def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
-        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
+        previous: feedback of the iteration before, [B, T, d], for a model that takes it; None is the same as zeros.
+        """
+        told = None if previous is None else self.feedback(previous.to(e.dtype))
+        return self.cores[block](state, e, conditioning, cache, told)
+
+    def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
+        """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it."""
         x = self.final_norm(state.to(self.embedding.weight.dtype))
-        x = run_layers(self.coda_layers, x, self._rotary(x, cache), conditioning, cache)
-        return F.linear(self.final_norm(x), self.embedding.weight)
+        return self.final_norm(run_layers(self.config, self.coda_layers, x, conditioning, cache))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
+                last_only: bool = False) -> Tensor:
+        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token; last_only: [B, 1, V], of the last position alone."""
+        hidden = self.coda(state, conditioning, cache)
+        return self.head(hidden[:, -1:] if last_only else hidden)
+
+    def readout_from_core(self, state: Tensor) -> Tensor:
+        """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, the tied embedding, a learned scale."""
+        return self.core_scale * self.head(self.core_norm(state.to(self.embedding.weight.dtype)))
+
+    def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of the readout at each position: state [B, T, d], targets [B, T] -> fp32 [B, T]."""
+        return token_losses(self.readout(state, conditioning), targets)
+
+    def compile_parts(self) -> None:
+        """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
+        for part in ("prelude", "coda", "losses"):
+            setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
+        for core in self.cores:  # their weights are inputs of the compiled code, which they share
+            core.forward = torch.compile(core.forward, dynamic=False)
 
     def condition(self, c_noise: Tensor) -> Tensor:
         """c_noise = ln(sigma) / 4, [B, 1] or [B, T], in fp32 -> the `conditioning` of `iterate` and `readout`."""
@@ -199,13 +246,14 @@ class RecurrentDepthLM(nn.Module):
         """softmax(logits) @ unit embeddings, in fp32: [..., V] -> [..., d]."""
         return logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)
 
-    def _rotary(self, x: Tensor, cache: list[CacheSlot] | None) -> tuple[Tensor, Tensor]:
-        start = cache[0].length if cache else 0
-        return rotary_table(start, start + x.shape[1], self.config.head_width, self.config.rope_base, x.device)
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each position: logits [B, T, V], targets [B, T] -> fp32 [B, T]."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def initial_state(uniform: Tensor) -> Tensor:
-    """The recurrent state before the first iteration of a model that is not a denoiser.
+    """The random recurrent state before the first iteration of a model with initial_state=normal.
 
     Uniform numbers in (0, 1) of any shape -> normal ones of standard deviation sqrt(2/5), truncated at three of them (Huginn's
     `like-init`), by the inverse of the truncated distribution function.

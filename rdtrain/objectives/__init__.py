@@ -4,12 +4,18 @@ from ..model.noise import NoiseSettings
 from .base import Loss, Metrics, Objective, ObjectiveSettings
 from .bptt import BackpropagationThroughTime
 from .diffusion_blocks import DiffusionBlocks
+from .one_pass import OnePass
 
 __all__ = ["Loss", "Metrics", "Objective", "ObjectiveSettings", "build_objective"]
 
 
 def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int, blocks: int = 1) -> Objective:
-    """The objective that the settings name; iterations and blocks are the model's K and B."""
+    """The objective that the settings name; iterations and blocks are the model's K and B.
+
+    UserError for a K that the objective cannot have.
+    """
     if settings.name == "diffusion_blocks":
-        return DiffusionBlocks(noise, iterations, blocks)
-    return BackpropagationThroughTime(settings.free_iterations, settings.trained_iterations, iterations)
+        return DiffusionBlocks(noise, iterations, settings, blocks)
+    if settings.name == "one_pass":
+        return OnePass(iterations)
+    return BackpropagationThroughTime(settings, iterations)

@@ -1,14 +1,14 @@
 """What an objective is: it alone decides what a training step computes, and what the model's held-out likelihood means."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.recurrent import ModelConfig, RecurrentDepthLM
+from ..distributed import World
+from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
 
 
@@ -16,23 +16,40 @@ from ..randomness import SampleRandom
 class ObjectiveSettings:
     """What is trained.
 
-    name: `diffusion_blocks` (each iteration a denoiser, one pass) or `bptt` (backpropagation through unrolled iterations).
-    free_iterations: bptt only: iterations that run first, without gradient.
-    trained_iterations: bptt only: iterations that follow and carry gradient. 24 + 8 is Huginn's truncated BPTT, 0 + K the full
-        one, and K - 1 and 1 trains the last iteration alone.
+    name: `diffusion_blocks` (each iteration a denoiser, one pass), `bptt` (backpropagation through unrolled iterations) or `one_pass`
+        (an ordinary language model, the control without recurrence: model.iterations=1).
+    feedback: diffusion_blocks only: what an iteration is told of the one before it, besides the state: `none`, the expected embedding
+        of its logits (`estimate`, which is self-conditioning), the end of its coda (`hidden`) or of its core (`core`).
+    feedback_iterations: how many earlier iterations, without gradient, a training sequence is told of at most: every second
+        sequence of one, every fourth of two, and so on.
+    core_readout: diffusion_blocks only: also train logits that are read straight from the core, for a cheaper chain.
+    gradient: bptt only: which iterations carry gradient: `full` all, `truncated` the last few, `local` the last one alone.
+    trained_iterations: gradient=truncated only: how many carry it at most; 8 in Huginn.
+    depth: bptt only: iterations of a training step: `poisson`, drawn for each step from Huginn's log-normal Poisson distribution around
+        model.iterations, or `fixed`, model.iterations.
+    activation_checkpointing: bptt only: keep nothing of the inside of an iteration for the backward pass and compute it again there.
     """
 
-    name: Literal["diffusion_blocks", "bptt"] = "diffusion_blocks"
-    free_iterations: int = 24
+    name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
+    feedback: Literal["none", "estimate", "hidden", "core"] = "none"
+    feedback_iterations: int = 1
+    core_readout: bool = False
+    gradient: Literal["full", "truncated", "local"] = "truncated"
     trained_iterations: int = 8
+    depth: Literal["poisson", "fixed"] = "poisson"
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
-        """ValueError, in one sentence, for counts that make no unrolled model."""
-        if self.free_iterations < 0 or self.trained_iterations < 1:
-            raise ValueError(
-                "free_iterations must be at least 0 and trained_iterations at least 1, "
-                f"and they are {self.free_iterations} and {self.trained_iterations}"
-            )
+        """ValueError, in one sentence, for an impossible count and for a setting that would have no effect."""
+        if self.trained_iterations < 1:
+            raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
+        changed = [field.name for field in fields(self) if field.name != "name" and getattr(self, field.name) != field.default]
+        for name in changed:
+            owner = "diffusion_blocks" if name in ("feedback", "feedback_iterations", "core_readout") else "bptt"
+            if self.name != owner:
+                raise ValueError(f"{name} belongs to name={owner}, and name is {self.name}: leave it out")
+        if "trained_iterations" in changed and self.gradient != "truncated":
+            raise ValueError(f"trained_iterations belongs to gradient=truncated, and gradient is {self.gradient}: leave it out")
 
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -51,8 +68,8 @@ class Loss:
 class Objective(ABC):
     """One way to train a recurrent-depth model. Tokens are int64 [B, T + 1]; position i of T predicts token i + 1."""
 
-    noise_conditioning: bool
-    """Whether its models take a noise level."""
+    model_fields: dict[str, bool | str]
+    """The fields of ModelConfig that follow from the objective, for example that its models take a noise level."""
 
     untied_blocks: bool = False
     """Whether it trains models with more than one block."""
@@ -74,6 +91,16 @@ class Objective(ABC):
         all ranks. None where nothing is idle."""
         return None
 
+    def after_step(self, step: int, world: World) -> None:  # noqa: B027 (most objectives learn nothing beside the weights)
+        """Called by every rank once `step` steps are done: what is learned beside the weights is brought up to date here."""
+
+    def state(self, world: World) -> dict:
+        """What a checkpoint must keep besides the weights, as plain numbers; the same on every rank. A collective call."""
+        return {}
+
+    def load_state(self, state: dict, world: World) -> None:  # noqa: B027
+        """Restore what `state` returned."""
+
     def held_out_nll(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Tensor:
         """Negative log-likelihood in nats of each predicted token, fp32 [B, T]."""
         return token_losses(self.next_token_logits(model, tokens[:, :-1], random), tokens[:, 1:])
@@ -82,8 +109,3 @@ class Objective(ABC):
 def sum_and_count(losses: Tensor) -> tuple[Tensor, Tensor]:
     """The metric of a tensor of losses: their sum and their number."""
     return losses.detach().sum(), torch.tensor(float(losses.numel()), device=losses.device)
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each position: logits [B, T, V], targets [B, T] -> fp32 [B, T]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

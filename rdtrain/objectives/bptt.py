@@ -1,40 +1,61 @@
-"""The baseline: backpropagation through the unrolled iterations, truncated as in Huginn (arXiv 2502.05171) or full.
+"""The baseline: backpropagation through the unrolled iterations, truncated as in Huginn (arXiv 2502.05171), full, or local.
 
-The first `free_iterations` run without gradient, the last `trained_iterations` carry it. The prelude is trained through the
-adapters of the latter.
+The depth of a step is fixed or drawn once for all of its micro-batches on all ranks. The first iterations run without gradient, the
+last ones carry it. The prelude is trained through the adapters of the latter.
 """
+
+import math
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError
 from ..flops import forward_flops
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, initial_state
 from ..randomness import SampleRandom
-from .base import Loss, Objective, sum_and_count, token_losses
+from .base import Loss, Objective, ObjectiveSettings, sum_and_count
+from .depth import FixedDepth, PoissonDepth
 
 
 class BackpropagationThroughTime(Objective):
-    """Unrolled training at one fixed depth."""
+    """Unrolled training from a random state."""
 
-    noise_conditioning = False
+    model_fields = {}
 
-    def __init__(self, free_iterations: int, trained_iterations: int, iterations: int):
-        """iterations: K of inference, at which the held-out likelihood is taken."""
-        self.free_iterations = free_iterations
-        self.trained_iterations = trained_iterations
+    def __init__(self, settings: ObjectiveSettings, iterations: int):
+        """iterations: K of inference, at which the held-out likelihood is taken, and the depth or its mean in training.
+
+        UserError for more trained iterations than a fixed depth has.
+        """
+        if settings.gradient == "truncated" and settings.depth == "fixed" and settings.trained_iterations > iterations:
+            raise UserError(
+                f"objective.trained_iterations={settings.trained_iterations} is more than the fixed depth model.iterations={iterations}: "
+                "lower it, or set objective.gradient=full"
+            )
         self.iterations = iterations
+        self.depth = FixedDepth(iterations) if settings.depth == "fixed" else PoissonDepth(iterations)
+        self.trained_limit = {"full": math.inf, "truncated": settings.trained_iterations, "local": 1}[settings.gradient]
+        self.activation_checkpointing = settings.activation_checkpointing
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        depth = self.depth.draw(random.of_step())
+        trained = min(depth, self.trained_limit)
         e = model.prelude(inputs)
         state = initial_state(random.uniform(inputs.shape[1], model.config.width)).to(e.dtype)
         with torch.no_grad():
-            for _ in range(self.free_iterations):
+            for _ in range(depth - trained):
                 state = model.iterate(state, e)
-        for _ in range(self.trained_iterations):
-            state = model.iterate(state, e)
-        losses = token_losses(model.readout(state), targets)
-        return Loss(losses.mean(), {"loss": sum_and_count(losses)})
+        for _ in range(trained):
+            if self.activation_checkpointing:
+                # The core draws no random numbers, so there is no generator to wind back.
+                state = checkpoint(model.iterate, state, e, use_reentrant=False, preserve_rng_state=False)
+            else:
+                state = model.iterate(state, e)
+        losses = model.losses(state, targets)
+        depth_metric = (torch.tensor(float(depth), device=losses.device), torch.tensor(1.0, device=losses.device))
+        return Loss(losses.mean(), {"loss": sum_and_count(losses), "depth": depth_metric})
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """All K iterations from a random state."""
@@ -45,6 +66,10 @@ class BackpropagationThroughTime(Objective):
         return model.readout(state)
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
+        """The mean over the depth's distribution, exact.
+
+        These are the model's operations: what activation checkpointing computes a second time is not counted.
+        """
         parts = forward_flops(config, sequence_length)
-        trained = parts.prelude + self.trained_iterations * parts.iterate + parts.readout
-        return 3 * trained + self.free_iterations * parts.iterate
+        trained = self.depth.mean_of_minimum(self.trained_limit)
+        return 3 * (parts.prelude + trained * parts.iterate + parts.readout) + (self.depth.mean - trained) * parts.iterate

@@ -83,7 +83,7 @@ def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: 
 
 def check(settings: EngineSettings, clipping: float, world: World, folder: Path) -> None:
     """AssertionError when one block trained is not what the reference says, or an idle one moved."""
-    objective = DiffusionBlocks(NoiseSettings(), 6, BLOCKS)
+    objective = DiffusionBlocks(NoiseSettings(), 6, blocks=BLOCKS)
     # An epsilon as large as small gradients: else Adam makes whole steps of those that rounding alone makes differ from zero.
     optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=clipping, epsilon=1e-4)
     blocks = [objective.active_block(SampleRandom(SEED, (), CPU, step)) for step in range(STEPS)]
@@ -137,7 +137,7 @@ def main() -> None:
     for (name, stage), precision, clipping in itertools.product(ways, ("fp32", "bf16"), (0.3, 0.0)):
         if name == "torch" and not world.is_main:
             continue
-        settings = EngineSettings(name, stage, precision)
+        settings = EngineSettings(name, stage, precision=precision)
         assert settings.keeps_idle_blocks
         case = f"{name} {stage} {precision} {clipping}"
         check(settings, clipping, ALONE if name == "torch" else world, folder / case)

@@ -15,6 +15,7 @@ import torch
 from rdtrain.config import load_config
 from rdtrain.data.loader import Loader
 from rdtrain.data.shards import ShardReader
+from rdtrain.distributed import World
 from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import build_objective
@@ -22,7 +23,7 @@ from rdtrain.randomness import SampleRandom
 
 OBJECTIVES = {
     "diffusion_blocks": {"name": "diffusion_blocks"},
-    "bptt": {"name": "bptt", "free_iterations": 3, "trained_iterations": 2},
+    "bptt": {"name": "bptt", "trained_iterations": 2},
 }
 
 
@@ -52,11 +53,12 @@ def plain_run(path: Path) -> tuple[list[float], list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = peak * (step + 1) / warmup if step < warmup else peak * (0.1 + 0.9 * cosine)
         samples = range(step * config.batch.global_sequences, (step + 1) * config.batch.global_sequences)
-        loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"))).value
+        loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"), step)).value
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping).item())
         optimizer.step()
+        objective.after_step(step + 1, World.from_environment())
         losses.append(loss.item())
     return losses, norms
 
@@ -69,22 +71,23 @@ def recorded(folder: Path, name: str = "loss") -> list[float]:
     ("objective", "stage", "clipping"), [("diffusion_blocks", 1, 0.3), ("bptt", 1, 0.3), ("diffusion_blocks", 2, 0.0)]
 )
 def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tiny_config, tmp_path, deepspeed, objective, stage, clipping):
-    """Global batch 8 on two ranks in micro-batches of 2: two processes and accumulation at once."""
+    """Global batch 8 on two ranks in micro-batches of 2: two processes and accumulation at once. The information curve, by which the
+    iterations are divided, is brought up to date at step 16, from what both ranks have seen."""
     path = tiny_config(
-        objective=OBJECTIVES[objective], engine={"name": "deepspeed", "zero_stage": stage},
-        optimizer={"gradient_clipping": clipping or 1e9}, schedule={"steps": 10}, checkpoint={"interval": 5},
+        objective=OBJECTIVES[objective], noise={"partition": "equal_information"}, engine={"name": "deepspeed", "zero_stage": stage},
+        optimizer={"gradient_clipping": clipping or 1e9}, schedule={"steps": 18}, checkpoint={"interval": 9},
     )
     result = deepspeed("--config", path)
     assert result.returncode == 0, result.stderr
     first = recorded(tmp_path / "run")
     losses, norms = plain_run(path)
-    assert len(first) == 10
+    assert len(first) == 18
     assert first == pytest.approx(losses, abs=1e-5)
     assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
 
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000010")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000018")
     result = deepspeed("--config", path)
-    assert result.returncode == 0 and "continuing from step 5" in result.stdout, result.stderr
+    assert result.returncode == 0 and "continuing from step 9" in result.stdout, result.stderr
     assert recorded(tmp_path / "run") == first
 
 

@@ -8,12 +8,20 @@ import pytest
 import scipy.stats
 import torch
 
-from rdtrain.model.noise import EquiProbabilityPartition, LogNormalNoise, NoiseSettings, Preconditioning
+from rdtrain.model.information import InformationCurve
+from rdtrain.model.noise import LogNormalNoise, NoiseSchedule, NoiseSettings, Preconditioning, edm_weight
 
 PAPER = NoiseSettings(p_mean=-1.2, p_std=1.2)
 OURS = NoiseSettings()
 NARROW = NoiseSettings(p_mean=0.3, p_std=0.7, sigma_min=0.05, sigma_max=9.0)
+ALL_PARTITIONS = pytest.mark.parametrize("partition", ["equi_probability", "uniform", "equal_information"])
 ALL_SETTINGS = pytest.mark.parametrize("settings", [PAPER, OURS, NARROW], ids=["paper", "ours", "narrow"])
+
+
+def schedule_of(partition, **settings):
+    """Levels of any partition; the information curve is the one that is expected before training."""
+    settings = NoiseSettings(partition=partition, **settings)
+    return NoiseSchedule(settings, InformationCurve.expected(settings.sigma_min, settings.sigma_max))
 
 
 def log_truncnorm(settings, low=None, high=None):
@@ -80,7 +88,7 @@ def test_each_sample_uses_its_own_interval_and_grows_with_its_uniform_number():
 @ALL_SETTINGS
 @pytest.mark.parametrize("iterations", [1, 2, 8, 32])
 def test_edges_are_scipys_quantiles_and_fall_from_sigma_max_to_sigma_min(settings, iterations):
-    edges = EquiProbabilityPartition(LogNormalNoise(settings), iterations).edges
+    edges = NoiseSchedule(settings).edges(iterations)
     expected = np.exp(log_truncnorm(settings).ppf(np.linspace(1, 0, iterations + 1)))
     np.testing.assert_allclose(edges, expected, rtol=1e-8)
     assert edges[0] == settings.sigma_max and edges[-1] == settings.sigma_min
@@ -90,15 +98,16 @@ def test_edges_are_scipys_quantiles_and_fall_from_sigma_max_to_sigma_min(setting
 def test_every_interval_without_overlap_holds_the_same_probability(settings):
     iterations = 8
     settings = NoiseSettings(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max, overlap=0.0)
-    partition, expected = EquiProbabilityPartition(LogNormalNoise(settings), iterations), log_truncnorm(settings)
+    schedule, expected = NoiseSchedule(settings), log_truncnorm(settings)
     for k in range(1, iterations + 1):
-        low, high = partition.interval(k)
+        low, high = schedule.interval(k, iterations)
         assert expected.cdf(math.log(high)) - expected.cdf(math.log(low)) == pytest.approx(1 / iterations, abs=1e-9)
 
 
-def test_iteration_one_owns_the_highest_noise_and_the_last_the_lowest():
-    partition = EquiProbabilityPartition(LogNormalNoise(OURS), 8)
-    intervals = [partition.interval(k) for k in range(1, 9)]
+@pytest.mark.parametrize("partition", ["equi_probability", "uniform"])
+def test_iteration_one_owns_the_highest_noise_and_the_last_the_lowest(partition):
+    schedule = schedule_of(partition)
+    intervals = [schedule.interval(k, 8) for k in range(1, 9)]
     assert intervals[0][1] == 80.0 and intervals[-1][0] == 0.002
     for (low, high), (next_low, next_high) in zip(intervals, intervals[1:]):
         assert next_low < low and next_high < high
@@ -108,46 +117,84 @@ def test_iteration_one_owns_the_highest_noise_and_the_last_the_lowest():
 def test_overlap_widens_intervals_as_computed_by_hand_and_is_clipped_at_the_ends():
     # Symmetric around sigma = 1, so the edges are 16, 1 and 1/16; (16 / 1)^0.25 = 2.
     settings = NoiseSettings(p_mean=0.0, p_std=1.0, sigma_min=1 / 16, sigma_max=16.0, overlap=0.25)
-    partition = EquiProbabilityPartition(LogNormalNoise(settings), 2)
-    assert partition.interval(1) == pytest.approx((0.5, 16.0))
-    assert partition.interval(2) == pytest.approx((1 / 16, 2.0))
+    schedule = NoiseSchedule(settings)
+    assert schedule.interval(1, 2) == pytest.approx((0.5, 16.0))
+    assert schedule.interval(2, 2) == pytest.approx((1 / 16, 2.0))
 
 
 @ALL_SETTINGS
 def test_overlap_follows_the_papers_formula_in_every_interval(settings):
     iterations, gamma = 6, settings.overlap
-    partition = EquiProbabilityPartition(LogNormalNoise(settings), iterations)
+    schedule = NoiseSchedule(settings)
     edges = np.exp(log_truncnorm(settings).ppf(np.linspace(1, 0, iterations + 1)))
     assert gamma == 0.1
     for k in range(1, iterations + 1):
         high, low = edges[k - 1], edges[k]
         factor = (high / low) ** gamma
         expected = (low / factor if k < iterations else settings.sigma_min, high * factor if k > 1 else settings.sigma_max)
-        assert partition.interval(k) == pytest.approx(expected, rel=1e-8)
+        assert schedule.interval(k, iterations) == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 8, 32])
-def test_levels_start_at_sigma_max_fall_strictly_and_end_at_zero(iterations):
-    partition = EquiProbabilityPartition(LogNormalNoise(OURS), iterations)
-    levels = partition.levels()
+@ALL_PARTITIONS
+@pytest.mark.parametrize("iterations", [1, 2, 8, 32, 64, 200])
+def test_levels_start_at_sigma_max_fall_strictly_and_end_at_zero(iterations, partition):
+    schedule = schedule_of(partition)
+    levels = schedule.levels(iterations)
     assert len(levels) == iterations + 1
     assert levels[0] == 80.0 and levels[-1] == 0.0
     assert all(level > following for level, following in zip(levels, levels[1:]))
     for k in range(1, iterations + 1):
-        low, high = partition.interval(k)
+        low, high = schedule.interval(k, iterations)
         assert low < levels[k - 1] <= high, "an iteration runs at a level that it is trained on"
 
 
-def test_one_iteration_owns_the_whole_range():
-    partition = EquiProbabilityPartition(LogNormalNoise(OURS), 1)
-    assert partition.interval(1) == (0.002, 80.0)
-    assert partition.levels() == [80.0, 0.0]
+@ALL_PARTITIONS
+def test_one_iteration_owns_the_whole_range(partition):
+    schedule = schedule_of(partition)
+    assert schedule.interval(1, 1) == (0.002, 80.0)
+    assert schedule.levels(1) == [80.0, 0.0]
 
 
-@pytest.mark.parametrize("width", [32, 512, 5280])
-def test_preconditioning_equals_the_float64_formulas(width):
+def test_uniform_edges_are_evenly_spaced_in_the_logarithm_by_hand():
+    schedule = schedule_of("uniform", sigma_min=0.01, sigma_max=100.0, overlap=0.0)
+    assert schedule.edges(4) == pytest.approx([100, 10, 1, 0.1, 0.01])
+    assert schedule.interval(2, 4) == pytest.approx((1, 10))
+
+
+def test_equal_information_without_a_curve_is_refused():
+    with pytest.raises(ValueError, match="need the curve that is learned in training"):
+        NoiseSchedule(NoiseSettings(partition="equal_information")).levels(4)
+
+
+def test_samples_far_above_the_mean_keep_their_distribution():
+    """Twenty standard deviations out the cdf is 1 in float64; an exponential tail is left, which is not stuck at either end."""
+    settings, count = NoiseSettings(p_mean=-1.0, p_std=0.2, sigma_max=80.0), 5000
+    uniform = torch.linspace(0.5 / count, 1 - 0.5 / count, count)
+    samples = LogNormalNoise(settings).sample(uniform, torch.full((count,), 20.0), torch.full((count,), 80.0))
+    normal = (samples.double().log() + 1) / 0.2
+    low, high = (math.log(20) + 1) / 0.2, (math.log(80) + 1) / 0.2
+    expected = scipy.stats.truncnorm(low, high).ppf(uniform.double().numpy())
+    np.testing.assert_allclose(normal.numpy(), expected, rtol=1e-6)
+
+
+def test_sigma_data_is_the_targets_own_unless_it_is_set():
+    assert NoiseSchedule(NoiseSettings()).sigma_data(512) == pytest.approx(512**-0.5, rel=1e-12)
+    assert NoiseSchedule(NoiseSettings(sigma_data=0.5)).sigma_data(512) == 0.5
+
+
+@pytest.mark.parametrize("sd", [0.5, 1 / math.sqrt(512)])
+def test_the_weight_makes_up_for_c_out(sd):
+    """EDM's table 1 in float64; its purpose is that weight * c_out^2 is 1 at every level."""
+    sigma = torch.tensor([0.002, 0.05, 0.7, 80.0])
+    s, weight = sigma.double().numpy(), edm_weight(sigma, sd)
+    np.testing.assert_allclose(weight.numpy(), (s**2 + sd**2) / (s * sd) ** 2, rtol=2e-6)
+    np.testing.assert_allclose((weight * Preconditioning.at(sigma, sd).c_out.square()).numpy(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sd", [1 / math.sqrt(32), 1 / math.sqrt(512), 1 / math.sqrt(5280), 0.5])
+def test_preconditioning_equals_the_float64_formulas(sd):
     sigma = torch.tensor([[0.002, 0.05], [0.7, 80.0]])
-    s, sd = sigma.double().numpy(), 1 / math.sqrt(width)
+    s = sigma.double().numpy()
     scale = Preconditioning.at(sigma, sd)
     expected = {
         "c_skip": sd**2 / (s**2 + sd**2),
@@ -188,6 +235,7 @@ def test_core_input_and_effective_target_have_unit_variance_per_component_at_eve
         ({"overlap": -0.1}, "overlap"),
         ({"share_at_sigma_max": -0.1}, "share_at_sigma_max"),
         ({"share_at_sigma_max": 1.1}, "share_at_sigma_max"),
+        ({"sigma_data": 0.0}, "sigma_data"),
     ],
 )
 def test_bad_settings_are_refused_by_a_sentence_that_names_the_fault_and_the_value(change, named):
@@ -197,7 +245,7 @@ def test_bad_settings_are_refused_by_a_sentence_that_names_the_fault_and_the_val
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["p_mean", "p_std", "sigma_max", "overlap"])
+@pytest.mark.parametrize("name", ["p_mean", "p_std", "sigma_max", "overlap", "sigma_data"])
 def test_settings_that_are_no_finite_number_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         NoiseSettings(**{name: value})

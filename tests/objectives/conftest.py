@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from rdtrain.model.recurrent import RecurrentDepthLM
+from rdtrain.objectives import ObjectiveSettings
+from rdtrain.objectives.bptt import BackpropagationThroughTime
 from rdtrain.randomness import SampleRandom
 
 
@@ -16,7 +18,15 @@ def tokens() -> torch.Tensor:
 @pytest.fixture
 def random_of():
     """A factory of fresh SampleRandoms: the same numbers at each call with the same indices."""
-    return lambda indices, seed=5: SampleRandom(seed, indices, torch.device("cpu"))
+    return lambda indices, seed=5, step=0: SampleRandom(seed, indices, torch.device("cpu"), step)
+
+
+@pytest.fixture
+def fixed_depth():
+    """A factory of BPTT at a fixed depth whose last `trained` iterations carry gradient."""
+    return lambda depth, trained, **settings: BackpropagationThroughTime(
+        ObjectiveSettings("bptt", trained_iterations=trained, depth="fixed", **settings), depth
+    )
 
 
 @pytest.fixture

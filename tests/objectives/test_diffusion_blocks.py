@@ -1,6 +1,7 @@
 """Proves the denoising objective right: its loss against a recomputation of each sequence from the method's formulas, its draws
 against scipy, that training is one pass which couples no iterations, and that held-out likelihood starts from noise alone."""
 
+import json
 import math
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import scipy.stats
 import torch
 
+from rdtrain.distributed import World
+from rdtrain.model.information import LEVELS, UNIT
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings, build_objective
-from rdtrain.objectives import diffusion_blocks as diffusion_blocks_module
 
 K = 4
 INDICES = [11, 3, 8, 40, 5, 21]
@@ -37,49 +39,79 @@ def cross_entropies(logits, targets):
     return np.array([normaliser - row[target] for normaliser, row, target in zip(normalisers, logits, targets.tolist())])
 
 
-def denoise_by_hand(model, z, inputs, sigma):
-    """Logits [T, V] of one sequence, EDM's scalings in float64; the readout is given the estimate over sigma_data."""
-    total = sigma**2 + SIGMA_DATA**2
-    conditioning = model.condition(torch.tensor([[math.log(sigma) / 4]]))
-    core_input = (z / math.sqrt(total)).float()
+def denoise_by_hand(model, z, inputs, sigma, sd=SIGMA_DATA):
+    """Logits [T, V] of one sequence at levels sigma [1] or [T], EDM's scalings in float64; the readout is given the estimate over sd."""
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    total = (sigma**2 + sd**2).unsqueeze(-1)
+    conditioning = model.condition((sigma.log() / 4).float().unsqueeze(0))
+    core_input = (z / total.sqrt()).float()
     hidden = model.iterate(core_input.unsqueeze(0), model.prelude(inputs.unsqueeze(0)), conditioning)[0].double()
-    estimate = SIGMA_DATA**2 / total * z + sigma * SIGMA_DATA / math.sqrt(total) * hidden
-    return model.readout((estimate / SIGMA_DATA).float().unsqueeze(0), conditioning)[0]
+    estimate = sd**2 / total * z + sigma.unsqueeze(-1) * sd / total.sqrt() * hidden
+    return model.readout((estimate / sd).float().unsqueeze(0), conditioning)[0]
 
 
 def loss_by_hand(model, settings, sequence, random):
-    """(iteration counted from 0, mean loss) of one sequence, with the same uniform and normal numbers as the objective's."""
-    uniform = random.uniform(3)[0].double()
-    if uniform[0] < settings.share_at_sigma_max:
-        iteration, sigma = 0, settings.sigma_max
-    else:
-        iteration = int(uniform[1] * K)
-        sigma = math.exp(log_truncnorm(settings, *widened_interval(settings, iteration + 1)).ppf(uniform[2].item()))
+    """(iterations [1] or [T] counted from 0, their noise levels, losses [T]) of one sequence, with the objective's uniform and normal
+    numbers."""
+    iterations, sigmas = [], []
+    for pure, which, where in random.uniform(8 if settings.level_per == "token" else 1, 3)[0].double().tolist():
+        if pure < settings.share_at_sigma_max:
+            iterations.append(0)
+            sigmas.append(settings.sigma_max)
+        else:
+            iterations.append(int(which * K))
+            sigmas.append(math.exp(log_truncnorm(settings, *widened_interval(settings, iterations[-1] + 1)).ppf(where)))
     eps = random.normal(8, 32)[0].double()
     rows = model.embedding.weight.detach().double()[sequence[1:]]
     y = rows / rows.square().sum(-1, keepdim=True).sqrt()
-    return iteration, cross_entropies(denoise_by_hand(model, y + sigma * eps, sequence[:-1], sigma), sequence[1:]).mean()
+    z = y + torch.tensor(sigmas).unsqueeze(-1) * eps
+    logits = denoise_by_hand(model, z, sequence[:-1], sigmas, settings.sigma_data or SIGMA_DATA)
+    return np.array(iterations), np.array(sigmas), cross_entropies(logits, sequence[1:])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_and_its_share_of_each_iteration_equal_a_recomputation_by_hand(share, build_model, tokens, random_of):
-    settings = NoiseSettings(share_at_sigma_max=share)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(share_at_sigma_max=0.0),
+        dict(share_at_sigma_max=0.3),
+        dict(share_at_sigma_max=1.0),
+        dict(sigma_data=0.5),
+        dict(weighting="edm", sigma_data=0.5),
+        dict(weighting="edm", sigma_min=0.05),
+        dict(level_per="token"),
+        dict(level_per="token", weighting="edm", sigma_data=0.5),
+    ],
+    ids=str,
+)
+def test_the_loss_and_its_share_of_each_iteration_equal_a_recomputation_by_hand(settings, build_model, tokens, random_of):
+    settings = NoiseSettings(**settings)
     model = build_model(True, norm_eps=0.1)  # so large that the readout's norm does not hide the scale of what it is given
-    loss = DiffusionBlocks(settings, K)(model, tokens, random_of(INDICES))
+    objective = DiffusionBlocks(settings, K)
+    loss = objective(model, tokens, random_of(INDICES))
     by_hand = [loss_by_hand(model, settings, row, random_of([index])) for row, index in zip(tokens, INDICES)]
-    assert loss.value.item() == pytest.approx(np.mean([value for _, value in by_hand]), rel=1e-4)
+    iterations, sigmas, losses = (
+        np.stack([np.broadcast_to(values, (8,)) for values in of_rows]) for of_rows in zip(*by_hand)
+    )
+    sd = settings.sigma_data or SIGMA_DATA
+    weights = (sigmas**2 + sd**2) / (sigmas * sd) ** 2 if settings.weighting == "edm" else 1.0
+    assert loss.value.item() == pytest.approx((weights * losses).mean(), rel=1e-4)
     assert loss.value.requires_grad
     assert set(loss.metrics) == {"loss", "loss_by_iteration"}
     total, count = loss.metrics["loss"]
-    assert not total.requires_grad and total.item() / count.item() == pytest.approx(loss.value.item(), rel=1e-5)
+    assert not total.requires_grad and total.item() / count.item() == pytest.approx(losses.mean(), rel=1e-4)
     sums, counts = loss.metrics["loss_by_iteration"]
     assert not sums.requires_grad and not counts.requires_grad
     assert sums.shape == counts.shape == (K,)
     for iteration in range(K):
-        values = [value for k, value in by_hand if k == iteration]
-        assert counts[iteration] == len(values)
-        assert sums[iteration].item() == pytest.approx(sum(values), rel=1e-4)
-    assert sums.sum().item() / counts.sum().item() == pytest.approx(loss.value.item(), rel=1e-5)
+        of_iteration = losses[iterations == iteration]
+        assert counts[iteration] == len(of_iteration)
+        assert sums[iteration].item() == pytest.approx(of_iteration.sum(), rel=1e-4)
+    # The information curve counts each token at the point nearest to its level.
+    points = np.linspace(math.log(settings.sigma_min), math.log(settings.sigma_max), LEVELS)
+    nearest = np.abs(np.log(sigmas)[..., None] - points).argmin(-1)
+    units, seen = objective.information.pending.numpy()
+    assert (seen == np.bincount(nearest.ravel(), minlength=LEVELS)).all()
+    np.testing.assert_allclose(units * UNIT, np.bincount(nearest.ravel(), losses.ravel(), LEVELS), rtol=1e-4, atol=1e-5)
 
 
 def test_metrics_of_micro_batches_add_up_to_those_of_the_batch(build_model, tokens, random_of):
@@ -92,8 +124,8 @@ def test_metrics_of_micro_batches_add_up_to_those_of_the_batch(build_model, toke
 
 
 def test_the_recomputed_batch_has_more_than_one_iteration_and_both_kinds_of_sequence(random_of):
-    iteration, sigma = DiffusionBlocks(NoiseSettings(), K).draw(random_of(INDICES))
-    assert len(set(iteration.tolist())) >= 3
+    iteration, sigma = DiffusionBlocks(NoiseSettings(), K).draw(random_of(INDICES), 8)
+    assert len(set(iteration.flatten().tolist())) >= 3
     assert 1 <= (sigma == 80.0).sum() < 6
 
 
@@ -101,10 +133,10 @@ def test_the_recomputed_batch_has_more_than_one_iteration_and_both_kinds_of_sequ
 @pytest.mark.parametrize("iterations", [1, 8])
 def test_draws_have_uniform_iterations_the_set_share_of_pure_noise_and_levels_of_their_interval(share, iterations, random_of):
     settings, samples = NoiseSettings(share_at_sigma_max=share), 4000
-    iteration, sigma = DiffusionBlocks(settings, iterations).draw(random_of(range(samples)))
-    assert iteration.shape == (samples,) and iteration.dtype == torch.int64
+    iteration, sigma = DiffusionBlocks(settings, iterations).draw(random_of(range(samples)), 8)
+    assert iteration.shape == (samples, 1) and iteration.dtype == torch.int64
     assert sigma.shape == (samples, 1) and sigma.dtype == torch.float32
-    iteration, sigma = iteration.numpy(), sigma[:, 0].double().numpy()
+    iteration, sigma = iteration[:, 0].numpy(), sigma[:, 0].double().numpy()
     pure = sigma == 80.0
     assert scipy.stats.binomtest(int(pure.sum()), samples, share).pvalue > 0.01
     assert pure.sum() in {0.0: [0], 1.0: [samples]}.get(share, range(1, samples))
@@ -121,12 +153,59 @@ def test_draws_have_uniform_iterations_the_set_share_of_pure_noise_and_levels_of
         assert scipy.stats.kstest(np.log(levels), log_truncnorm(settings, low, high).cdf).pvalue > 0.001
 
 
-def test_draws_belong_to_the_sample_and_not_to_its_place_in_a_batch(random_of):
-    objective = DiffusionBlocks(NoiseSettings(), K)
-    together = objective.draw(random_of(INDICES))
+def test_each_token_draws_its_own_iteration_and_level_and_is_pure_noise_with_the_set_share(random_of):
+    settings = NoiseSettings(level_per="token", partition="uniform")
+    iteration, sigma = DiffusionBlocks(settings, K).draw(random_of(range(40)), 100)
+    assert iteration.shape == sigma.shape == (40, 100)
+    pure = sigma == 80.0
+    assert scipy.stats.binomtest(int(pure.sum()), 4000, 0.3).pvalue > 0.01
+    assert pure.any(1).all() and not pure.all(1).any(), "pure noise is a matter of the token"
+    assert scipy.stats.chisquare(iteration[~pure].bincount(minlength=K).numpy()).pvalue > 0.01
+    edges = np.geomspace(80, 0.002, K + 1)
+    for k in range(K):
+        levels, a = sigma[~pure & (iteration == k)].double().numpy(), (edges[0] / edges[1]) ** 0.1
+        low, high = max(edges[k + 1] / a, 0.002), min(edges[k] * a, 80.0)
+        assert (levels >= low * (1 - 1e-6)).all() and (levels <= high * (1 + 1e-6)).all()
+        assert scipy.stats.kstest(np.log(levels), log_truncnorm(settings, low, high).cdf).pvalue > 0.001
+
+
+@pytest.mark.parametrize("level_per", ["sequence", "token"])
+def test_draws_belong_to_the_sample_and_not_to_its_place_in_a_batch(random_of, level_per):
+    objective = DiffusionBlocks(NoiseSettings(level_per=level_per), K)
+    together = objective.draw(random_of(INDICES), 8)
     for row, index in enumerate(INDICES):
-        iteration, sigma = objective.draw(random_of([index]))
-        assert iteration[0] == together[0][row] and sigma[0] == together[1][row]
+        iteration, sigma = objective.draw(random_of([index]), 8)
+        assert torch.equal(iteration[0], together[0][row]) and torch.equal(sigma[0], together[1][row])
+
+
+def test_equal_information_divides_by_what_was_learned_every_sixteen_steps_and_goes_on_from_a_checkpoint(build_model, tokens, random_of):
+    """Interrupted = uninterrupted, with the checkpoint between two updates; the intervals are those of the curve by then."""
+    settings, model, world = NoiseSettings(partition="equal_information"), build_model(True), World.from_environment()
+
+    def run(objective, steps):
+        for step in steps:
+            objective(model, tokens, random_of(INDICES, seed=step))
+            objective.after_step(step + 1, world)
+        return objective
+
+    whole, first = run(DiffusionBlocks(settings, K), range(40)), run(DiffusionBlocks(settings, K), range(21))
+    state = json.loads(json.dumps(first.state(world)))
+    assert sum(state["pending"][1]) == 5 * tokens[:, 1:].numel()
+    resumed = DiffusionBlocks(settings, K)
+    resumed.load_state(state, world)
+    for ours, theirs in zip(resumed.draw(random_of(INDICES), 8), first.draw(random_of(INDICES), 8)):
+        assert torch.equal(ours, theirs)
+    run(resumed, range(21, 40))
+    assert resumed.state(world) == whole.state(world)
+    assert resumed.noise.levels(7) == whole.noise.levels(7) != DiffusionBlocks(settings, K).noise.levels(7)
+    expected = [whole.information.curve.equal_edges(K)[k] for k in (1, 2)]
+    assert [whole.noise.levels(K)[k] for k in (1, 2)] == expected
+    _, sigma = whole.draw(random_of(range(500)), 8)
+    for k in range(K):
+        low, high = whole.noise.interval(k + 1, K)
+        drawn = sigma[whole.draw(random_of(range(500)), 8)[0] == k]
+        drawn = drawn[drawn < 80.0]
+        assert low <= drawn.min() * (1 + 1e-6) and drawn.max() <= high * (1 + 1e-6)
 
 
 def test_a_training_step_runs_prelude_core_and_coda_exactly_once(build_model, tokens, random_of, monkeypatch):
@@ -142,13 +221,13 @@ def test_a_training_step_runs_prelude_core_and_coda_exactly_once(build_model, to
 def sequence_losses(build_model, tokens, random_of, monkeypatch):
     """(noised targets' clean part y, losses [6, 8]) of one training pass, both in its graph."""
     model, seen = build_model(True), {}
-    unit_embedding, token_losses = model.unit_embedding, diffusion_blocks_module.token_losses
+    unit_embedding, losses = model.unit_embedding, model.losses
 
     def remember(name, function):
         return lambda *args: seen.setdefault(name, function(*args))
 
     monkeypatch.setattr(model, "unit_embedding", remember("y", unit_embedding))
-    monkeypatch.setattr(diffusion_blocks_module, "token_losses", remember("losses", token_losses))
+    monkeypatch.setattr(model, "losses", remember("losses", losses))
     DiffusionBlocks(NoiseSettings(), K)(model, tokens, random_of(INDICES))
     return seen["y"], seen["losses"]
 
@@ -185,7 +264,7 @@ def test_next_token_logits_are_one_denoising_pass_over_noise_at_sigma_max(build_
     logits = DiffusionBlocks(settings, K).next_token_logits(model, tokens[:, :-1], random_of(INDICES))
     for row, index in enumerate(INDICES):
         z = 40.0 * random_of([index]).normal(8, 32)[0].double()
-        expected = denoise_by_hand(model, z, tokens[row, :-1], 40.0)
+        expected = denoise_by_hand(model, z, tokens[row, :-1], [40.0])
         torch.testing.assert_close(logits[row], expected, rtol=1e-3, atol=1e-4)
 
 
@@ -211,7 +290,7 @@ def test_held_out_nll_reads_every_candidate_for_the_last_token_from_one_distribu
 
 def test_the_objective_is_built_by_name_with_its_noise_and_iterations():
     noise = NoiseSettings(share_at_sigma_max=0.7)
-    objective = build_objective(ObjectiveSettings(), noise, 9)
+    objective = build_objective(ObjectiveSettings(), noise, 9, 3)
     assert isinstance(objective, DiffusionBlocks)
-    assert objective.noise_conditioning is True
-    assert objective.settings is noise and objective.iterations == 9
+    assert objective.model_fields["noise_conditioning"] is True
+    assert objective.settings is noise and objective.iterations == 9 and objective.blocks == 3

@@ -4,6 +4,9 @@ The counter does not know the CPU's own flash kernel, so SDPA is held to its `ma
 with one difference, which a test states: the noise embedding's input needs no gradient, but is counted as if it did.
 """
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rdtrain.flops import forward_flops
 from rdtrain.model.noise import NoiseSettings
-from rdtrain.objectives import BackpropagationThroughTime, DiffusionBlocks
+from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings
+from rdtrain.objectives.bptt import BackpropagationThroughTime
+from rdtrain.objectives.one_pass import OnePass
 
 SHAPES = pytest.mark.parametrize(
     "batch, length, changes",
@@ -60,22 +65,55 @@ def test_forward_counts_of_a_model_with_noise_levels_are_exact(batch, length, ch
 @SHAPES
 @pytest.mark.parametrize("free, trained", [(0, 4), (3, 2), (3, 1)], ids=["full", "truncated", "local"])
 def test_training_counts_of_backpropagation_through_time_are_exact_and_free_iterations_count_once(
-    free, trained, batch, length, changes, build_model, random_of
+    free, trained, batch, length, changes, build_model, random_of, fixed_depth
 ):
-    model, objective = build_model(False, **changes), BackpropagationThroughTime(free, trained, 4)
+    model, objective = build_model(False, **changes), fixed_depth(free + trained, trained)
     tokens = ids(batch, length + 1)
     actual = counted(lambda: objective(model, tokens, random_of(range(batch))).value.backward())
     assert objective.training_flops(model.config, length) * batch * length == actual
 
 
+def test_what_activation_checkpointing_computes_again_is_run_but_not_counted(build_model, random_of, fixed_depth):
+    model, tokens = build_model(False), ids(2, 9)
+    plain, checkpointed = fixed_depth(5, 3), fixed_depth(5, 3, activation_checkpointing=True)
+    assert checkpointed.training_flops(model.config, 8) == plain.training_flops(model.config, 8)
+    actual = counted(lambda: checkpointed(model, tokens, random_of(range(2))).value.backward())
+    again = 3 * forward_flops(model.config, 8).iterate
+    assert actual == (plain.training_flops(model.config, 8) + again) * 2 * 8
+
+
+@pytest.mark.parametrize("settings, limit", [({}, 8), ({"gradient": "full"}, math.inf), ({"gradient": "local"}, 1)])
+@pytest.mark.parametrize("iterations", [4, 32])
+def test_training_counts_of_a_drawn_depth_are_its_mean(settings, limit, iterations, build_model, fixed_depth):
+    """Against fixed depths, whose counts are exact, drawn here by numpy."""
+    config, random = build_model(False).config, np.random.default_rng(0)
+    depths = random.poisson(random.lognormal(np.log(iterations) - 1 / 8, 0.5, 200_000)) + 1
+    values, counts = np.unique(depths, return_counts=True)
+    costs = [fixed_depth(int(depth), int(min(depth, limit))).training_flops(config, 16) for depth in values]
+    mean = np.average(costs, weights=counts)
+    error = math.sqrt(np.average((costs - mean) ** 2, weights=counts) / depths.size)
+    drawn = BackpropagationThroughTime(ObjectiveSettings("bptt", **settings), iterations)
+    assert drawn.training_flops(config, 16) == pytest.approx(mean, abs=4 * error)
+    assert 4 * error < 0.01 * mean
+
+
 @SHAPES
+def test_training_counts_of_one_pass_are_exact(batch, length, changes, build_model, random_of):
+    model, objective = build_model(False, iterations=1, **changes), OnePass(1)
+    actual = counted(lambda: objective(model, ids(batch, length + 1), random_of(range(batch))).value.backward())
+    assert objective.training_flops(model.config, length) * batch * length == actual
+
+
+@SHAPES
+@pytest.mark.parametrize("level_per", ["sequence", "token"])
 def test_training_counts_of_diffusion_blocks_are_exact_but_for_one_gradient_that_nobody_needs(
-    batch, length, changes, build_model, random_of
+    level_per, batch, length, changes, build_model, random_of
 ):
-    model, objective = build_model(True, **changes), DiffusionBlocks(NoiseSettings(), 4)
+    model, objective = build_model(True, **changes), DiffusionBlocks(NoiseSettings(level_per=level_per), 4)
     tokens = ids(batch, length + 1)
     actual = counted(lambda: objective(model, tokens, random_of(range(batch))).value.backward())
-    unneeded = 2 * 128 * 128 * batch  # the gradient of the noise embedding's sine and cosine features
+    levels = batch * (length if level_per == "token" else 1)
+    unneeded = 2 * 128 * 128 * levels  # the gradient of the noise embedding's sine and cosine features
     expected = objective.training_flops(model.config, length) * batch * length
     assert expected - unneeded == pytest.approx(actual, rel=1e-12)
 

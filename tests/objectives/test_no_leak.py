@@ -8,11 +8,12 @@ import torch
 
 from rdtrain.model.denoiser import denoise
 from rdtrain.model.noise import NoiseSettings
-from rdtrain.objectives import BackpropagationThroughTime, DiffusionBlocks
-from rdtrain.objectives import diffusion_blocks as diffusion_blocks_module
+from rdtrain.objectives import DiffusionBlocks
+from rdtrain.objectives.one_pass import OnePass
 
 LENGTH = 8
 SIGMA = 0.3
+SIGMA_DATA = 1 / math.sqrt(32)
 
 
 def other_token(tokens, position):
@@ -27,13 +28,15 @@ def changed_positions(first, second):
     return (first != second).flatten(2).any(-1).any(0).tolist()
 
 
-@pytest.fixture(params=["diffusion_blocks", "bptt"])
-def next_token_logits(request, build_model, random_of):
+@pytest.fixture(params=["diffusion_blocks", "bptt", "one_pass"])
+def next_token_logits(request, build_model, random_of, fixed_depth):
     """A function from inputs [6, 8] to logits, all randomness fixed."""
     if request.param == "diffusion_blocks":
         objective, model = DiffusionBlocks(NoiseSettings(), 4), build_model(True)
+    elif request.param == "bptt":
+        objective, model = fixed_depth(4, 2), build_model(False)
     else:
-        objective, model = BackpropagationThroughTime(2, 2, 4), build_model(False)
+        objective, model = OnePass(1), build_model(False, iterations=1)
     return lambda inputs: objective.next_token_logits(model, inputs, random_of(range(6))).detach()
 
 
@@ -63,18 +66,19 @@ def training_pass(build_model, random_of, monkeypatch):
     """A function from tokens to (logits, y) of the objective's own training pass, all randomness fixed. y, the clean part of the
     noised state, can be given instead of being computed from the targets."""
     model, objective, seen = build_model(True), DiffusionBlocks(NoiseSettings(share_at_sigma_max=0.0), 4), {}
-    unit_embedding, token_losses = model.unit_embedding, diffusion_blocks_module.token_losses
+    unit_embedding, readout = model.unit_embedding, model.readout
 
-    def remember_logits(logits, targets):
+    def remember_logits(*args):
+        logits = readout(*args)
         seen["logits"] = logits.detach()
-        return token_losses(logits, targets)
+        return logits
 
     def run(tokens, held_y=None):
         def remember_y(ids):
             seen["y"] = unit_embedding(ids).detach() if held_y is None else held_y
             return seen["y"]
 
-        monkeypatch.setattr(diffusion_blocks_module, "token_losses", remember_logits)
+        monkeypatch.setattr(model, "readout", remember_logits)
         monkeypatch.setattr(model, "unit_embedding", remember_y)
         objective(model, tokens, random_of(range(6)))
         return seen["logits"], seen["y"]
@@ -136,17 +140,17 @@ def compute_from_embeddings(model, tokens, function):
 def test_the_jacobian_of_training_logits_by_the_noised_state_is_lower_triangular(build_model, tokens, z):
     model = build_model(True)
     e, sigma = model.prelude(tokens[:1, :-1]).detach(), torch.full((1, 1), SIGMA)
-    assert_exactly_lower_triangular(jacobian_blocks(lambda z: denoise(model, z, e, sigma), z[:1]))
+    assert_exactly_lower_triangular(jacobian_blocks(lambda z: denoise(model, z, e, sigma, SIGMA_DATA), z[:1]))
 
 
 def test_the_jacobian_of_training_logits_by_the_input_embeddings_is_lower_triangular(build_model, tokens, z):
     model, sigma = build_model(True), torch.full((1, 1), SIGMA)
-    compute = compute_from_embeddings(model, tokens, lambda model, inputs: denoise(model, z[:1], model.prelude(inputs), sigma))
+    compute = compute_from_embeddings(model, tokens, lambda model, inputs: denoise(model, z[:1], model.prelude(inputs), sigma, SIGMA_DATA))
     assert_exactly_lower_triangular(jacobian_blocks(compute, model.embedding(tokens[:1, :-1]).detach()))
 
 
-def test_the_jacobian_of_unrolled_logits_by_the_input_embeddings_is_lower_triangular(build_model, tokens, random_of):
-    model, objective = build_model(False), BackpropagationThroughTime(0, 3, 3)
+def test_the_jacobian_of_unrolled_logits_by_the_input_embeddings_is_lower_triangular(build_model, tokens, random_of, fixed_depth):
+    model, objective = build_model(False), fixed_depth(3, 3)
     compute = compute_from_embeddings(
         model, tokens, lambda model, inputs: objective.next_token_logits(model, inputs, random_of([0]))
     )
@@ -156,6 +160,6 @@ def test_the_jacobian_of_unrolled_logits_by_the_input_embeddings_is_lower_triang
 def test_a_noise_level_for_each_position_gives_no_position_a_later_ones_level(build_model, tokens, z):
     model = build_model(True)
     e, log_sigma = model.prelude(tokens[:, :-1]), torch.full((6, LENGTH), math.log(SIGMA))
-    first = denoise(model, z, e, log_sigma.exp())
+    first = denoise(model, z, e, log_sigma.exp(), SIGMA_DATA)
     log_sigma[:, 5] += 1
-    assert changed_positions(first, denoise(model, z, e, log_sigma.exp())) == [False] * 5 + [True] * 3
+    assert changed_positions(first, denoise(model, z, e, log_sigma.exp(), SIGMA_DATA)) == [False] * 5 + [True] * 3

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_over_the_steps_iterations_and_noise_levels_are_distributed_as_with_one_block(share):
     """One sequence a step, so that the draws are independent."""
     settings, steps = NoiseSettings(share_at_sigma_max=share), 6000
-    drawn = [DiffusionBlocks(settings, K, B).draw(SampleRandom(1, [step], CPU, step)) for step in range(steps)]
+    drawn = [DiffusionBlocks(settings, K, blocks=B).draw(SampleRandom(1, [step], CPU, step), 8) for step in range(steps)]
     iteration, sigma = (torch.cat(part).flatten().double().numpy() for part in zip(*drawn))
     iteration, pure = iteration.astype(int), sigma == 80.0
     seen = np.append(np.bincount(iteration[~pure], minlength=K), pure.sum())
@@ -28,23 +28,24 @@ def test_over_the_steps_iterations_and_noise_levels_are_distributed_as_with_one_
     assert (seen[~possible] == 0).all() and (iteration[pure] == 0).all()
     if share < 1:
         assert scipy.stats.chisquare(seen[possible], expected[possible]).pvalue > 0.01
-    _, alone = DiffusionBlocks(settings, K).draw(SampleRandom(2, range(steps), CPU))
+    _, alone = DiffusionBlocks(settings, K).draw(SampleRandom(2, range(steps), CPU), 8)
     assert scipy.stats.ks_2samp(sigma, alone.flatten().numpy()).pvalue > 0.01
 
 
-def test_all_sequences_of_a_step_are_of_its_block_on_every_rank_and_micro_batch():
-    objective, seen = DiffusionBlocks(NoiseSettings(), K, B), set()
+@pytest.mark.parametrize("level_per", ["sequence", "token"])
+def test_all_sequences_of_a_step_are_of_its_block_on_every_rank_and_micro_batch(level_per):
+    objective, seen = DiffusionBlocks(NoiseSettings(level_per=level_per), K, blocks=B), set()
     for step in range(40):
         parts = [SampleRandom(1, indices, CPU, step) for indices in (range(8), range(8, 11), [99])]
         blocks = {objective.active_block(part) for part in parts}
         assert len(blocks) == 1
-        assert {k // (K // B) for part in parts for k in objective.draw(part)[0].tolist()} == blocks
+        assert {k // (K // B) for part in parts for k in objective.draw(part, 8)[0].flatten().tolist()} == blocks
         seen |= blocks
     assert seen == set(range(B))
 
 
 def test_only_the_active_core_gets_a_gradient_and_operations_are_those_of_one_core(build_model, tokens):
-    model, objective, blocks = build_model(True, iterations=K, blocks=B), DiffusionBlocks(NoiseSettings(), K, B), set()
+    model, objective, blocks = build_model(True, iterations=K, blocks=B), DiffusionBlocks(NoiseSettings(), K, blocks=B), set()
     for step in range(12):
         random = SampleRandom(1, range(6), CPU, step)
         model.zero_grad()
@@ -60,7 +61,7 @@ def test_only_the_active_core_gets_a_gradient_and_operations_are_those_of_one_co
 
 
 def test_held_out_likelihood_is_block_0s(build_model, tokens):
-    model, objective = build_model(True, blocks=2), DiffusionBlocks(NoiseSettings(), 4, 2)
+    model, objective = build_model(True, blocks=2), DiffusionBlocks(NoiseSettings(), 4, blocks=2)
 
     def nll():
         return objective.held_out_nll(model, tokens, SampleRandom("validation", range(6), CPU)).detach()

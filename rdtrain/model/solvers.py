@@ -1,0 +1,126 @@
+"""Solvers: how a position's state z gets from one noise level to the next below it, given the logits of the iteration in between.
+
+Each makes one step an iteration, from one evaluation of the model. Euler and multistep solve the probability-flow ODE of EDM
+(Karras et al. 2022, arXiv 2206.00364),
+
+    dz / d sigma = (z - D(z, sigma)) / sigma        or, with t = -ln sigma,        dz / dt = D - z,
+
+where D is the expected target: they are deterministic, and approach the exact flow as iterations are added. Ancestral is random and
+needs no approach: a token drawn from the exact posterior of each level, and fresh noise, keep the law of z exact at any levels.
+
+Nothing here knows a network: the tests run the solvers on a posterior in closed form. Tensors are of any leading shape, computed in
+the dtype that they come in; noise levels are Python floats.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens [...] from softmax(logits [..., V]), by the Gumbel maximum: unlike torch.multinomial, without waiting for the device."""
+    exponential = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=torch.finfo(logits.dtype).tiny)
+    return (logits - exponential.log()).argmax(-1)
+
+
+def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """One Euler step of the ODE from sigma down to sigma_next >= 0, written as an average.
+
+    z + (sigma_next - sigma) / sigma * (z - D), EDM's algorithm 1; the sign in DiffusionBlocks' printed equations 3-5 would make
+    the noise grow. In t it is exact for a D that stays what it is over the step.
+    """
+    keep = sigma_next / sigma
+    return keep * z + (1 - keep) * denoised
+
+
+def multistep_step(z: Tensor, denoised: Tensor, previous: Tensor, sigma_previous: float, sigma: float, sigma_next: float) -> Tensor:
+    """One step of second order from sigma down to sigma_next, with the D of the level before as well.
+
+    The ODE dz/dt = D - z has the solution, over a step of h = ln(sigma / sigma_next) from t,
+
+        z(t + h) = e^-h z(t) + integral_0^h e^(u - h) D(t + u) du.
+
+    D at the middle of the step, extrapolated from the two that are known, D + (h / 2) (D - D_previous) / h_previous with
+    h_previous = ln(sigma_previous / sigma), comes before the integral, whose weight is 1 - e^-h. The weight is symmetric about the
+    middle to first order in h, so that the error of a step is O(h^3). (DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095, has the
+    same form.) A step to sigma_next = 0 is infinitely long in t, has no middle, and ends on D.
+    """
+    if sigma_next == 0:
+        return euler_step(z, denoised, sigma, sigma_next)
+    ratio = math.log(sigma / sigma_next) / math.log(sigma_previous / sigma)
+    return euler_step(z, denoised + ratio / 2 * (denoised - previous), sigma, sigma_next)
+
+
+def ancestral_step(z: Tensor, target: Tensor, eps: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """A sample of z at sigma_next given z at sigma and the clean target y, from standard normal numbers eps of z's shape.
+
+    The noise grows by independent parts, z = z' + sqrt(sigma^2 - sigma_next^2) eta with z' = y + sigma_next eps', so that by Bayes
+
+        z' given z, y ~ Normal(r z + (1 - r) y, (1 - r) sigma_next^2),        r = sigma_next^2 / sigma^2.
+    """
+    keep = (sigma_next / sigma) ** 2
+    return keep * z + (1 - keep) * target + math.sqrt(1 - keep) * sigma_next * eps
+
+
+class Solver:
+    """The way of one position of each row down the levels; made anew for each.
+
+    unit_embeddings: [V, d], the target of each token. generator: of what a solver draws, on their device.
+    """
+
+    def __init__(self, unit_embeddings: Tensor, generator: torch.Generator):
+        self.unit_embeddings, self.generator = unit_embeddings, generator
+
+    def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        """z [..., d] at sigma and the logits [..., V] of the iteration that ran there -> z at sigma_next < sigma."""
+        raise NotImplementedError
+
+    def expected(self, logits: Tensor) -> Tensor:
+        """D, the expected target under logits [..., V] -> [..., d]."""
+        return logits.softmax(-1) @ self.unit_embeddings
+
+
+class EulerSolver(Solver):
+    """EDM's algorithm 1, of first order; the chain of DiffusionBlocks (arXiv 2506.14202)."""
+
+    def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        """Euler's step with D the expected target."""
+        return euler_step(z, self.expected(logits), sigma, sigma_next)
+
+
+class MultistepSolver(Solver):
+    """Second order: each step also uses the D of the iteration before. The first step, which has none, is Euler's.
+
+    That costs no order: D is the mean of all targets, whatever z, where the noise drowns them.
+    """
+
+    def __init__(self, unit_embeddings: Tensor, generator: torch.Generator):
+        super().__init__(unit_embeddings, generator)
+        self._previous: tuple[Tensor, float] | None = None
+
+    def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        """A step of second order; consecutive calls are consecutive iterations."""
+        denoised, previous = self.expected(logits), self._previous
+        self._previous = denoised, sigma
+        if previous is None:
+            return euler_step(z, denoised, sigma, sigma_next)
+        return multistep_step(z, denoised, *previous, sigma, sigma_next)
+
+
+class AncestralSolver(Solver):
+    """Draws a token at each level, x ~ softmax(logits), and then z' given z and x.
+
+    With exact logits, z' has the law of targets noised to sigma_next if z has that of targets noised to sigma, so a chain of any length
+    at any levels draws its tokens from the exact distribution. (At the start, pure noise stands for targets noised to sigma_max; the
+    targets have length one, so the tokens are off by a relative 1 / sigma_max^2 or so.)
+    """
+
+    def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        """The token first, then the noise, from the generator."""
+        target = self.unit_embeddings[draw_tokens(logits, self.generator)]
+        eps = torch.empty_like(z).normal_(generator=self.generator)
+        return ancestral_step(z, target, eps, sigma, sigma_next)
+
+
+SOLVERS = {"euler": EulerSolver, "multistep": MultistepSolver, "ancestral": AncestralSolver}

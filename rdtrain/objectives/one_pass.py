@@ -1,0 +1,38 @@
+"""The control without recurrence: an ordinary language model, which is prelude, core once from a state of zeros, and coda.
+
+It has the layers of the other objectives' models and what one pass costs, so it shows what that compute buys without any iteration.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..flops import forward_flops
+from ..model.recurrent import ModelConfig, RecurrentDepthLM
+from ..randomness import SampleRandom
+from .base import Loss, Objective, sum_and_count
+
+
+class OnePass(Objective):
+    """Next-token prediction in one deterministic pass: no random number bears on the loss."""
+
+    model_fields = {"initial_state": "zero"}
+
+    def __init__(self, iterations: int):
+        """iterations: the model's K. UserError when it is not 1."""
+        if iterations != 1:
+            raise UserError(f"objective.name=one_pass runs the core once, and model.iterations is {iterations}: set model.iterations=1")
+
+    def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
+        e = model.prelude(tokens[:, :-1])
+        losses = model.losses(model.iterate(torch.zeros_like(e), e), tokens[:, 1:])
+        return Loss(losses.mean(), {"loss": sum_and_count(losses)})
+
+    def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
+        """The one iteration, from zeros."""
+        e = model.prelude(inputs)
+        return model.readout(model.iterate(torch.zeros_like(e), e))
+
+    def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
+        parts = forward_flops(config, sequence_length)
+        return 3 * (parts.prelude + parts.iterate + parts.readout)
