@@ -56,7 +56,8 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").write_text(_model_card(config, state))
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
-        _verify(folder, model, noise, build_objective(ObjectiveSettings(**state["objective"]), noise.settings, model.config.iterations))
+        settings, shape = ObjectiveSettings(**state["objective"]), model.config
+        _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit")
 
 
@@ -93,8 +94,9 @@ def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedul
     with torch.no_grad():
         logits = [objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)]
     assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
+    iterations = max(2, model.config.blocks)  # so that every block runs
     continuations = [
-        torch.stack(list(code.generate(one, ids, 4, 2, levels, code.Sampling(0.0), seed=0)))
+        torch.stack(list(code.generate(one, ids, 4, iterations, levels, code.Sampling(0.0), seed=0)))
         for code, one, levels in ((generation, model, noise), (theirs, exported.model, exported.noise))
     ]
     assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
@@ -124,11 +126,12 @@ def _model_card(config: dict, state: dict) -> str:
             "poisson": f"a number of iterations drawn for each step (Huginn's log-normal Poisson around {model['iterations']})",
         }[objective["depth"]]
         trained = f"It was trained by backpropagation through {last} of {depth}."
+    untied = f", as {model['blocks']} untied blocks for equal shares of them" if model["blocks"] > 1 else ""
     return f"""# {state['name']}
 
 A recurrent-depth language model made with rdtrain: {model['prelude_layers']} prelude, {model['core_layers']} core and
 {model['coda_layers']} coda layers of width {model['width']}, {state['parameters']:,} parameters, vocabulary {model['vocab_size']:,};
-the core runs K = {model['iterations']} times a token. {trained}
+the core runs K = {model['iterations']} times a token{untied}. {trained}
 
 Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} tokens, in {config['dtype']}.
 

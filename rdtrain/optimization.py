@@ -2,6 +2,8 @@
 
 The learning rate is a function of the step alone, so a resumed run has nothing to restore. A run's length is given in steps or
 as a budget of training FLOPs; with a budget, arms of different cost per token are compared at equal compute.
+
+Of a model with untied blocks a step trains one, and the optimizer does not touch the others: see BlockAdamW.
 """
 
 import math
@@ -10,6 +12,8 @@ from typing import Literal
 
 import torch
 from torch import nn
+
+from .model.recurrent import RecurrentDepthLM
 
 
 @dataclass
@@ -78,17 +82,56 @@ def learning_rate(step: int, total_steps: int, optimizer: OptimizerSettings, sch
     return optimizer.learning_rate * (schedule.final_fraction + (1 - schedule.final_fraction) * shape)
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """torch's AdamW over two groups: matrices, which decay, and vectors, which do not. Fused on CUDA."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
+class BlockAdamW(torch.optim.AdamW):
+    """torch's AdamW over groups that each have a `block`: an untied block of the model, or None for what all blocks share.
+
+    A step leaves the groups of idle blocks out, so momentum and weight decay do not move them, and their step counts stand still: a
+    block's bias correction counts its own steps. It is the groups that are left out because a sharding engine gives an idle block
+    a gradient of zeros, which is a gradient to Adam. Every group has its state from the first step on, so that a checkpoint holds it
+    whatever blocks have been trained by then.
+    """
+
+    active_block: int | None = None
+    """The block that the next step trains; None trains all."""
+
+    def step(self, closure=None):
+        """One step of the active groups, of those that `param_groups` holds now: ZeRO may show a part of them at a time."""
+        groups = self.param_groups
+        for group in groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    step_device = parameter.device if group["fused"] else "cpu"  # where torch's own initialisation has it
+                    self.state[parameter] |= {
+                        "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        active = (None, self.active_block)
+        self.param_groups = [group for group in groups if self.active_block is None or group["block"] in active]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def build_optimizer(model: RecurrentDepthLM, settings: OptimizerSettings) -> BlockAdamW:
+    """AdamW over matrices, which decay, and vectors, which do not: a group of each, and with untied blocks two more for each block.
+
+    Fused on CUDA.
+    """
+    parts: dict[int | None, list[nn.Parameter]] = {None: list(model.parameters())}
+    if len(model.cores) > 1:
+        parts = {None: [p for name, p in model.named_parameters() if not name.startswith("cores.")]}
+        parts |= {block: list(core.parameters()) for block, core in enumerate(model.cores)}
+    groups = []
+    for block, parameters in parts.items():
+        matrices, vectors = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay, "block": block})
+        groups.append({"params": vectors, "weight_decay": 0.0, "block": block})
+    return BlockAdamW(
         groups,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
-        fused=parameters[0].is_cuda,
+        fused=model.embedding.weight.is_cuda,
     )

@@ -56,7 +56,9 @@ class Plan:
         shards = ShardReader(Path(config.data.train))
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
-        objective = build_objective(config.objective, config.noise, config.model.iterations)
+        objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
+        if config.model.blocks > 1:
+            _refuse_untied_blocks(config, objective)
         model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_fields)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
@@ -73,6 +75,20 @@ class Plan:
             tokens_per_step=tokens_per_step,
             flops_per_step=flops_per_step,
             total_steps=config.schedule.steps or max(1, int(config.schedule.training_flops / flops_per_step)),
+        )
+
+
+def _refuse_untied_blocks(config: Config, objective: Objective) -> None:
+    """UserError where the objective, or the engine as it is set, cannot train one block and leave the others as they are."""
+    if not objective.untied_blocks:
+        raise UserError(
+            f"objective.name={config.objective.name} trains one core for all iterations, and model.blocks is {config.model.blocks}: "
+            "set model.blocks=1, or objective.name=diffusion_blocks"
+        )
+    if not config.engine.keeps_idle_blocks:
+        raise UserError(
+            f"engine.name={config.engine.name} with zero_stage={config.engine.zero_stage} would change blocks that a step does not train, "
+            f"and model.blocks is {config.model.blocks}: use engine.name=deepspeed with zero_stage 1 or 2, or engine.name=torch"
         )
 
 
@@ -156,7 +172,8 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                 )
                 for indices in rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences)
             )
-            for loss in engine.train_step(micro_batches, rate):
+            block = plan.objective.active_block(SampleRandom(config.run.seed, (), world.device, step))
+            for loss in engine.train_step(micro_batches, rate, block):
                 sums.add(loss.metrics)
             step += 1
             plan.objective.after_step(step, world)

@@ -38,3 +38,14 @@ def test_matrices_decay_and_vectors_do_not(build_model):
 def test_impossible_optimizers_are_refused(settings):
     with pytest.raises(ValueError):
         OptimizerSettings(**settings)
+
+
+def test_untied_blocks_have_groups_of_their_own_that_hold_every_parameter_once(build_model):
+    model = build_model(noise_conditioning=True, blocks=2)
+    groups = build_optimizer(model, OptimizerSettings(weight_decay=0.3)).param_groups
+    assert [(group["block"], group["weight_decay"]) for group in groups] == [(b, decay) for b in (None, 0, 1) for decay in (0.3, 0.0)]
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(held) == len(set(held)) and set(held) == {id(parameter) for parameter in model.parameters()}
+    for block, core in enumerate(model.cores):
+        own = {id(parameter) for group in groups if group["block"] == block for parameter in group["params"]}
+        assert own == {id(parameter) for parameter in core.parameters()}

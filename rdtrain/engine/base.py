@@ -42,6 +42,12 @@ class EngineSettings:
         if self.compile and self.name != "torch":
             raise ValueError("compile works with the torch engine alone: use name=torch or leave compile off")
 
+    @property
+    def keeps_idle_blocks(self) -> bool:
+        """Whether a block that is not trained stays as it is to the bit, weights and optimizer state: tests/distributed/test_blocks.py
+        holds what is named here to it."""
+        return self.name == "torch" or (self.name == "deepspeed" and self.zero_stage in (1, 2))
+
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the precision means on this device."""
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
@@ -75,8 +81,11 @@ class Engine(ABC):
     """What a forward pass outside `train_step` runs under."""
 
     @abstractmethod
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> list[Loss]:
-        """One optimizer step over this rank's micro-batches; all are weighted alike. Returns their losses."""
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+        """One optimizer step over this rank's micro-batches; all are weighted alike. Returns their losses.
+
+        block: the one that is trained, of a model with several; the others stay as they are. None where there is one.
+        """
 
     def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
         """Run a forward and backward pass that changes nothing, so that a first use that costs time is over."""

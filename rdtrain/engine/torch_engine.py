@@ -29,7 +29,8 @@ class TorchEngine(Engine):
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self._norm = 0.0
 
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> list[Loss]:
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+        self._optimizer.active_block = block
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         losses = []

@@ -50,7 +50,8 @@ class DenoisingChain:
             if cache is None:
                 state = self._states[k] = _append(self._states[k], state)
             level = torch.full((ids.shape[0], 1), sigma, device=ids.device)
-            state, conditioning = denoise_state(model, state, e, level, self._sigma_data, cache and cache.core[k], previous)
+            block = model.config.block_of(k, len(self._steps))
+            state, conditioning = denoise_state(model, state, e, level, self._sigma_data, cache and cache.core[k], previous, block)
             if self._sampling.estimate == "core" and k + 1 < len(self._steps):
                 logits = model.readout_from_core(state[:, -1:])
             else:

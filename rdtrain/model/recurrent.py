@@ -3,7 +3,7 @@
 Shape and initialisation are Huginn's (Geiping et al. 2025, arXiv 2502.05171):
 
     e      = prelude(sqrt(d) * embed(ids))                once per token
-    state  = core(adapter(concat(state, e)))              K times, the same weights
+    state  = core(adapter(concat(state, e)))              K times, the same weights, or B cores for K / B iterations each
     logits = head(norm(coda(norm(state))))                head tied to the embedding, one norm weight used twice
 
 The three methods `prelude`, `iterate` and `readout` are the whole interface: every objective and the generator are written on
@@ -35,6 +35,7 @@ class ModelSettings:
     mlp_width: channels inside the gated MLP.
     prelude_layers, core_layers, coda_layers: layers of each part.
     iterations: K, how often the core runs per token at inference.
+    blocks: B, cores with weights of their own, each of which serves K / B consecutive iterations; 1 is one core for all of them.
     rope_base: base of the rotary frequencies.
     norm_eps: epsilon of every RMSNorm.
     """
@@ -46,16 +47,19 @@ class ModelSettings:
     core_layers: int = 4
     coda_layers: int = 2
     iterations: int = 32
+    blocks: int = 1
     rope_base: float = 50_000.0
     norm_eps: float = 1e-6
 
     def __post_init__(self):
         """ValueError, in one sentence, for a value or a combination that makes no model."""
-        for name in ("width", "heads", "mlp_width", "prelude_layers", "core_layers", "coda_layers", "iterations"):
+        for name in ("width", "heads", "mlp_width", "prelude_layers", "core_layers", "coda_layers", "iterations", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, and it is {getattr(self, name)}")
         if self.iterations > 65_536:
             raise ValueError(f"iterations must be at most 65536, and it is {self.iterations}")
+        if self.iterations % self.blocks:
+            raise ValueError(f"blocks must divide iterations, and {self.blocks} does not divide {self.iterations}")
         for name in ("rope_base", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, and it is {getattr(self, name)}")
@@ -66,6 +70,10 @@ class ModelSettings:
     def head_width(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    def block_of(self, iteration: int, iterations: int) -> int:
+        """The block that runs an iteration, from 0, of so many: block b owns the b-th of B equal shares, block 0 the highest noise."""
+        return iteration * self.blocks // iterations
 
 
 @dataclass
@@ -110,6 +118,40 @@ class NoiseEmbedding(nn.Module):
         return F.silu(self.linear2(F.silu(self.linear1(features))))
 
 
+class Core(nn.Module):
+    """The adapter, and the layers that an iteration runs."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
+        self.layers = sandwich_blocks(config, config.core_layers, config.noise_conditioning)
+
+    def forward(self, state: Tensor, e: Tensor, conditioning: Tensor | None, cache: list[CacheSlot] | None,
+                told: Tensor | None) -> Tensor:
+        """state, e [B, T, d] -> the next state [B, T, d]; told: what the feedback adds to the adapter's output, [B, T, d]."""
+        x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
+        if told is not None:
+            x = x + told
+        return run_layers(self.config, self.layers, x, conditioning, cache)
+
+
+def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.ModuleList:
+    """So many layers of a model, which take a noise level or not."""
+    width = CONDITIONING_WIDTH if conditioned else None
+    return nn.ModuleList(SandwichBlock(config.width, config.heads, config.mlp_width, config.norm_eps, width) for _ in range(count))
+
+
+def run_layers(config: ModelConfig, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None,
+               cache: list[CacheSlot] | None) -> Tensor:
+    """Layers one after another, each with its slot of the cache: x [B, T, d] -> [B, T, d]."""
+    start = cache[0].length if cache else 0
+    rotary = rotary_table(start, start + x.shape[1], config.head_width, config.rope_base, x.device)
+    for index, layer in enumerate(layers):
+        x = layer(x, rotary, conditioning, cache[index] if cache else None)
+    return x
+
+
 class RecurrentDepthLM(nn.Module):
     """The model. B is batch, T positions, d width, V vocabulary."""
 
@@ -117,17 +159,9 @@ class RecurrentDepthLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
-
-        def layers(count: int, conditioned: bool) -> nn.ModuleList:
-            width = CONDITIONING_WIDTH if conditioned else None
-            return nn.ModuleList(
-                SandwichBlock(config.width, config.heads, config.mlp_width, config.norm_eps, width) for _ in range(count)
-            )
-
-        self.prelude_layers = layers(config.prelude_layers, conditioned=False)
-        self.core_layers = layers(config.core_layers, conditioned=config.noise_conditioning)
-        self.coda_layers = layers(config.coda_layers, conditioned=config.noise_conditioning)
+        self.prelude_layers = sandwich_blocks(config, config.prelude_layers, conditioned=False)
+        self.cores = nn.ModuleList(Core(config) for _ in range(config.blocks))
+        self.coda_layers = sandwich_blocks(config, config.coda_layers, conditioned=config.noise_conditioning)
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.noise_embedding = NoiseEmbedding() if config.noise_conditioning else None
         self.feedback = nn.Linear(config.width, config.width, bias=False) if config.feedback != "none" else None
@@ -159,23 +193,21 @@ class RecurrentDepthLM(nn.Module):
     def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None) -> Tensor:
         """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
         x = self.embedding(ids) * math.sqrt(self.config.width)
-        return self._run(self.prelude_layers, x, None, cache)
+        return run_layers(self.config, self.prelude_layers, x, None, cache)
 
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
-                cache: list[CacheSlot] | None = None, previous: Tensor | None = None) -> Tensor:
-        """One iteration of the core: state and e [B, T, d] -> the next state [B, T, d].
+                cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0) -> Tensor:
+        """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d].
 
         previous: feedback of the iteration before, [B, T, d], for a model that takes it; None is the same as zeros.
         """
-        x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
-        if previous is not None:
-            x = x + self.feedback(previous.to(e.dtype))
-        return self._run(self.core_layers, x, conditioning, cache)
+        told = None if previous is None else self.feedback(previous.to(e.dtype))
+        return self.cores[block](state, e, conditioning, cache, told)
 
     def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
         """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it."""
         x = self.final_norm(state.to(self.embedding.weight.dtype))
-        return self.final_norm(self._run(self.coda_layers, x, conditioning, cache))
+        return self.final_norm(run_layers(self.config, self.coda_layers, x, conditioning, cache))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token."""
@@ -196,9 +228,11 @@ class RecurrentDepthLM(nn.Module):
         return token_losses(self.readout(state, conditioning), targets)
 
     def compile_parts(self) -> None:
-        """Compile the parts that training calls, each once for all depths; parameters keep their names."""
-        for part in ("prelude", "iterate", "coda", "losses"):
+        """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
+        for part in ("prelude", "coda", "losses"):
             setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
+        for core in self.cores:  # their weights are inputs of the compiled code, which they share
+            core.forward = torch.compile(core.forward, dynamic=False)
 
     def condition(self, c_noise: Tensor) -> Tensor:
         """c_noise = ln(sigma) / 4, [B, 1] or [B, T], in fp32 -> the `conditioning` of `iterate` and `readout`."""
@@ -211,14 +245,6 @@ class RecurrentDepthLM(nn.Module):
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """softmax(logits) @ unit embeddings, in fp32: [..., V] -> [..., d]."""
         return logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)
-
-    def _run(self, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None, cache: list[CacheSlot] | None) -> Tensor:
-        config = self.config
-        start = cache[0].length if cache else 0
-        rotary = rotary_table(start, start + x.shape[1], config.head_width, config.rope_base, x.device)
-        for index, layer in enumerate(layers):
-            x = layer(x, rotary, conditioning, cache[index] if cache else None)
-        return x
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,10 +9,13 @@ from .one_pass import OnePass
 __all__ = ["Loss", "Metrics", "Objective", "ObjectiveSettings", "build_objective"]
 
 
-def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int) -> Objective:
-    """The objective that the settings name; iterations is the model's K. UserError for a K that the objective cannot have."""
+def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iterations: int, blocks: int = 1) -> Objective:
+    """The objective that the settings name; iterations and blocks are the model's K and B.
+
+    UserError for a K that the objective cannot have.
+    """
     if settings.name == "diffusion_blocks":
-        return DiffusionBlocks(noise, iterations, settings)
+        return DiffusionBlocks(noise, iterations, settings, blocks)
     if settings.name == "one_pass":
         return OnePass(iterations)
     return BackpropagationThroughTime(settings, iterations)

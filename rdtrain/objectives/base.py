@@ -71,6 +71,9 @@ class Objective(ABC):
     model_fields: dict[str, bool | str]
     """The fields of ModelConfig that follow from the objective, for example that its models take a noise level."""
 
+    untied_blocks: bool = False
+    """Whether it trains models with more than one block."""
+
     @abstractmethod
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         """The training loss of a micro-batch."""
@@ -82,6 +85,11 @@ class Objective(ABC):
     @abstractmethod
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Operations per trained token, forward and backward."""
+
+    def active_block(self, random: SampleRandom) -> int | None:
+        """The block that a step trains, the others standing idle: a function of (seed, step), the same for all its micro-batches on
+        all ranks. None where nothing is idle."""
+        return None
 
     def after_step(self, step: int, world: World) -> None:  # noqa: B027 (most objectives learn nothing beside the weights)
         """Called by every rank once `step` steps are done: what is learned beside the weights is brought up to date here."""

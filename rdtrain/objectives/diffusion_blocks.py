@@ -3,6 +3,9 @@
 For each sequence (or each token): draw an iteration k, draw a noise level sigma in its interval, noise the targets, run prelude, core
 and coda ONCE, take the cross-entropy of the next token. No iteration sees another, so there is nothing to unroll.
 
+A model of B > 1 untied blocks is trained one block a step: the block is drawn first, for all ranks, and iterations within it. The
+probabilities are such that iterations and noise levels are distributed as with one block.
+
 Whatever the partition, the cross-entropy of each noise level is learned on the way (information.py): as a diagnostic, and to divide
 the levels by where partition=equal_information.
 """
@@ -26,8 +29,10 @@ FOLD_INTERVAL = 16
 class DiffusionBlocks(Objective):
     """The denoising objective. A share of the states is trained from pure noise, which keeps next-token prediction sharp."""
 
-    def __init__(self, settings: NoiseSettings, iterations: int, objective: ObjectiveSettings | None = None):
-        """objective: for feedback and core_readout; the defaults where None."""
+    untied_blocks = True
+
+    def __init__(self, settings: NoiseSettings, iterations: int, objective: ObjectiveSettings | None = None, blocks: int = 1):
+        """objective: for feedback and core_readout; the defaults where None. blocks: B, which divides iterations, K."""
         objective = objective or ObjectiveSettings()
         self.settings = settings
         self.feedback_iterations = 0 if objective.feedback == "none" else objective.feedback_iterations
@@ -36,6 +41,7 @@ class DiffusionBlocks(Objective):
             "noise_conditioning": True, "feedback": objective.feedback, "core_readout": objective.core_readout
         }
         self.iterations = iterations
+        self.blocks = blocks
         self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
         self._divide()
 
@@ -44,11 +50,25 @@ class DiffusionBlocks(Objective):
         self.noise = NoiseSchedule(self.settings, self.information.curve)
         self._intervals = torch.tensor([self.noise.interval(k, self.iterations) for k in range(1, self.iterations + 1)])
 
+    @property
+    def block_probabilities(self) -> list[float]:
+        """How often each block is drawn: the states at sigma_max are all block 0's, and the others are shared out evenly."""
+        even = (1 - self.settings.share_at_sigma_max) / self.blocks
+        return [self.settings.share_at_sigma_max + even] + [even] * (self.blocks - 1)
+
+    def active_block(self, random: SampleRandom) -> int | None:
+        if self.blocks == 1:
+            return None
+        return random.of_step().choices(range(self.blocks), self.block_probabilities)[0]
+
     def draw(self, random: SampleRandom, length: int) -> tuple[Tensor, Tensor]:
-        """Iterations, counted from 0, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T], T being `length`."""
+        """Iterations, counted from 0 and of the active block, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T],
+        T being `length`."""
+        block, served = self.active_block(random) or 0, self.iterations // self.blocks
+        share = self.settings.share_at_sigma_max / self.block_probabilities[0] if block == 0 else 0.0
         uniform = random.uniform(length if self.settings.level_per == "token" else 1, 3)
-        pure = uniform[..., 0] < self.settings.share_at_sigma_max
-        iteration = (uniform[..., 1] * self.iterations).long().clamp(max=self.iterations - 1)
+        pure = uniform[..., 0] < share
+        iteration = block * served + (uniform[..., 1] * served).long().clamp(max=served - 1)
         iteration = torch.where(pure, 0, iteration)
         self._intervals = self._intervals.to(iteration.device)
         low, high = self._intervals[iteration].unbind(-1)
@@ -62,8 +82,9 @@ class DiffusionBlocks(Objective):
         eps = random.normal(targets.shape[1], model.config.width)
         z = model.unit_embedding(targets) + sigma.unsqueeze(-1) * eps
         e = model.prelude(inputs)
-        previous = self._feedback(model, z, e, sigma, random)
-        state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous)
+        block = self.active_block(random) or 0
+        previous = self._feedback(model, z, e, sigma, random, block)
+        state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
         losses = model.losses(state, targets, conditioning)
         self.information.add(sigma, losses)
         weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses
@@ -76,8 +97,9 @@ class DiffusionBlocks(Objective):
         return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration})
 
     @torch.no_grad()
-    def _feedback(self, model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, random: SampleRandom) -> Tensor | None:
-        """What each sequence is told of earlier iterations at the same z, [B, T, d]; zeros for a sequence that is told nothing.
+    def _feedback(self, model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, random: SampleRandom,
+                  block: int) -> Tensor | None:
+        """What each sequence is told of earlier iterations of a block at the same z, [B, T, d]; zeros for a sequence that is told nothing.
 
         Every second sample has one earlier iteration, every fourth two, and so on: by the sample's index, so that the shapes are
         the same at every step.
@@ -91,12 +113,12 @@ class DiffusionBlocks(Objective):
             if not rows:
                 break
             rows = torch.tensor(rows, device=z.device)
-            state, conditioning = denoise_state(model, z[rows], e[rows], sigma[rows], sigma_data, previous=told[rows])
+            state, conditioning = denoise_state(model, z[rows], e[rows], sigma[rows], sigma_data, previous=told[rows], block=block)
             told = told.index_copy(0, rows, feedback(model, state, model.coda(state, conditioning)).to(told.dtype))
         return told
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom, iterations: int = 1) -> Tensor:
-        """From pure noise at sigma_max: the honest next-token distribution of a denoising model.
+        """From pure noise at sigma_max, which is block 0's: the honest next-token distribution of a denoising model.
 
         iterations: how many at sigma_max, each told of the one before; only a model with feedback gains by more than one.
         """

@@ -37,9 +37,9 @@ def test_parameter_counts_are_huginns_less_its_query_and_key_biases():
     biases = 2 * 5280  # of one layer; the released 3.5B model learns them, we have none
     assert config.head_width == 96
     assert count(model) == 3_564_976_800 - 8 * biases
-    assert count(model.core_layers) == 1_581_592_320 - 4 * biases
+    assert count(model.cores[0].layers) == 1_581_592_320 - 4 * biases
     assert count(model.prelude_layers) == count(model.coda_layers) == 790_796_160 - 2 * biases
-    assert count(model.adapter) == 55_756_800
+    assert count(model.cores[0].adapter) == 55_756_800
     assert count(model.embedding) == 346_030_080
     assert count(model.final_norm) == 5_280
 
@@ -82,7 +82,7 @@ def test_initial_norms_are_one_and_the_noise_levels_maps_zero(wide_model):
 def test_only_core_and_coda_layers_take_the_noise_level(build_model):
     conditioned, plain = build_model(noise_conditioning=True), build_model()
     owners = {name.split(".")[0] for name, _ in conditioned.named_parameters() if "modulation" in name}
-    assert owners == {"core_layers", "coda_layers"}
+    assert owners == {"cores", "coda_layers"}
     extra = {name for name, _ in conditioned.named_parameters()} - {name for name, _ in plain.named_parameters()}
     assert all("modulation" in name or name.startswith("noise_embedding.") for name in extra)
 
@@ -101,8 +101,8 @@ def test_prelude_iterate_and_readout_equal_the_float64_reference(levels, build_m
         for layer in model.prelude_layers:
             x = reference.block(layer, x, BASE)
         np.testing.assert_allclose(float64(e[row]), x, rtol=1e-3, atol=1e-4)
-        x = np.concatenate((float64(state[row]), x), axis=1) @ reference.weights(model.adapter).T
-        for layer in model.core_layers:
+        x = np.concatenate((float64(state[row]), x), axis=1) @ reference.weights(model.cores[0].adapter).T
+        for layer in model.cores[0].layers:
             x = reference.block(layer, x, BASE, condition)
         np.testing.assert_allclose(float64(next_state[row]), x, rtol=1e-3, atol=1e-4)
         x = reference.rms_norm(x, final, 1e-6)

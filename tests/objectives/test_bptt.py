@@ -54,8 +54,8 @@ def logits_by_hand(model, inputs, random, free, trained):
         e = layer(e, rotary)
     state = state_by_hand(random, inputs.shape[1])
     for iteration in range(free + trained):
-        state = state @ model.adapter.weight[:, :32].T + e @ model.adapter.weight[:, 32:].T
-        for layer in model.core_layers:
+        state = state @ model.cores[0].adapter.weight[:, :32].T + e @ model.cores[0].adapter.weight[:, 32:].T
+        for layer in model.cores[0].layers:
             state = layer(state, rotary)
         if iteration < free:
             state = state.detach()
@@ -109,7 +109,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_recomputes_the_tr
     precision, build_model, tokens, random_of, gradients
 ):
     model, calls, found = build_model(False), [], []
-    handle = model.core_layers[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    handle = model.cores[0].layers[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     for activation_checkpointing in (False, True):
         objective = objective_of(trained_iterations=3, activation_checkpointing=activation_checkpointing)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -138,7 +138,7 @@ def test_free_iterations_change_the_loss_but_carry_no_gradient(fixed_depth, buil
     assert abs(full.item() - shallow.item()) > 1e-4
     full, truncated, local = (gradients(model, loss) for loss in (full, truncated, local))
     for name in full:
-        if name.startswith(("core_layers", "prelude_layers", "adapter")):
+        if name.startswith(("cores", "prelude_layers")):
             assert relative_difference(truncated[name], full[name]) > 0.001, name
             assert relative_difference(local[name], truncated[name]) > 0.001, name
         elif name.startswith("coda_layers"):

@@ -290,7 +290,7 @@ def test_held_out_nll_reads_every_candidate_for_the_last_token_from_one_distribu
 
 def test_the_objective_is_built_by_name_with_its_noise_and_iterations():
     noise = NoiseSettings(share_at_sigma_max=0.7)
-    objective = build_objective(ObjectiveSettings(), noise, 9)
+    objective = build_objective(ObjectiveSettings(), noise, 9, 3)
     assert isinstance(objective, DiffusionBlocks)
     assert objective.model_fields["noise_conditioning"] is True
-    assert objective.settings is noise and objective.iterations == 9
+    assert objective.settings is noise and objective.iterations == 9 and objective.blocks == 3

@@ -27,8 +27,8 @@ def logits_by_hand(model, inputs):
     x = F.embedding(inputs, model.embedding.weight) * math.sqrt(32)
     for layer in model.prelude_layers:
         x = layer(x, rotary)
-    x = x @ model.adapter.weight[:, 32:].T
-    for layer in model.core_layers:
+    x = x @ model.cores[0].adapter.weight[:, 32:].T
+    for layer in model.cores[0].layers:
         x = layer(x, rotary)
     x = model.final_norm(x)
     for layer in model.coda_layers:
@@ -44,7 +44,8 @@ def test_loss_gradients_and_held_out_nll_are_those_of_prelude_core_and_coda_by_h
     actual = gradients(model, loss.value)
     for name, gradient in gradients(model, expected.mean()).items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-7)
-    assert actual["adapter.weight"][:, :32].abs().max() == 0 and actual["adapter.weight"][:, 32:].abs().max() > 0
+    adapter = actual["cores.0.adapter.weight"]
+    assert adapter[:, :32].abs().max() == 0 and adapter[:, 32:].abs().max() > 0
     nll = OnePass(1).held_out_nll(model, tokens, random_of(range(6)))
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
 

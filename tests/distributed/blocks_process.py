@@ -1,0 +1,151 @@
+"""One process of test_blocks.py: trains untied blocks on every engine, stage and precision that may, and notes each that was right.
+
+A step trains one block. The reference is a loop that gives the shared parameters and each block an AdamW of its own and steps only
+two of these, so that nothing can touch an idle block. What else is checked is exact: the groups of idle blocks, weights, moments and
+step counts, are the same to the bit before and after each step, and a run that was saved and loaded goes on bit for bit.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+from rdtrain.data.loader import rank_indices
+from rdtrain.distributed import World, leave
+from rdtrain.engine import EngineSettings, build_engine, start_processes
+from rdtrain.model.noise import NoiseSettings
+from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.objectives import DiffusionBlocks
+from rdtrain.optimization import OptimizerSettings
+from rdtrain.randomness import SampleRandom
+
+CPU = torch.device("cpu")
+GLOBAL, MICRO, STEPS, BLOCKS, RATE, SEED = 8, 2, 7, 3, 3e-3, 1301
+ALONE = World(0, 1, 0, CPU)
+
+
+def build_model() -> RecurrentDepthLM:
+    torch.manual_seed(0)
+    return RecurrentDepthLM(
+        ModelConfig(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=1, coda_layers=1, iterations=6, blocks=BLOCKS,
+                    vocab_size=50, noise_conditioning=True)
+    )
+
+
+def micro_batch(indices: range, step: int) -> tuple[torch.Tensor, SampleRandom]:
+    rows = [torch.randint(50, (9,), generator=torch.Generator().manual_seed(index)) for index in indices]
+    return torch.stack(rows), SampleRandom(SEED, indices, CPU, step)
+
+
+def snapshot(engine) -> list[tuple[int | None, list[torch.Tensor]]]:
+    """Each group's block, and its weights, moments and step counts as this rank's optimizer holds them: zeros before the first step."""
+    optimizer, groups = engine._optimizer, []
+    for group in optimizer.param_groups:
+        tensors = []
+        for weight in group["params"]:
+            state = optimizer.state.get(weight) or {"step": torch.zeros(()), "exp_avg": weight * 0, "exp_avg_sq": weight * 0}
+            tensors += [weight.detach().clone(), *(state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq"))]
+        groups.append((group["block"], tensors))
+    return groups
+
+
+def identical(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(one, other) for one, other in zip(first, second))
+
+
+def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: list[int]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights."""
+    model, losses = build_model(), []
+
+    def adamw(parameters: list) -> torch.optim.AdamW:
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optimizer.weight_decay},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=RATE, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
+
+    shared = adamw([p for name, p in model.named_parameters() if not name.startswith("cores")])
+    own = [adamw(list(core.parameters())) for core in model.cores]
+    for step, block in enumerate(blocks):
+        loss = objective(model, *micro_batch(range(step * GLOBAL, (step + 1) * GLOBAL), step)).value
+        model.zero_grad()
+        loss.backward()
+        trained = [p for p in model.parameters() if p.grad is not None]
+        assert len(trained) < len(list(model.parameters()))
+        if optimizer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(trained, optimizer.gradient_clipping)
+        shared.step()
+        own[block].step()
+        losses.append(loss.item())
+    return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def check(settings: EngineSettings, clipping: float, world: World, folder: Path) -> None:
+    """AssertionError when one block trained is not what the reference says, or an idle one moved."""
+    objective = DiffusionBlocks(NoiseSettings(), 6, blocks=BLOCKS)
+    # An epsilon as large as small gradients: else Adam makes whole steps of those that rounding alone makes differ from zero.
+    optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=clipping, epsilon=1e-4)
+    blocks = [objective.active_block(SampleRandom(SEED, (), CPU, step)) for step in range(STEPS)]
+    assert blocks == [1, 0, 0, 1, 2, 2, 1], f"{blocks}: block 1 idle for two steps with its momentum warm, 2 long untrained"
+    losses, weights = reference(objective, optimizer, blocks)
+    accumulation = GLOBAL // (MICRO * world.size)
+    exact = settings.precision == "fp32"
+
+    def build():
+        return build_engine(settings, build_model(), objective, optimizer, MICRO, accumulation, world)
+
+    def train(engine, first: int, last: int) -> None:
+        for step in range(first, last):
+            before = snapshot(engine)
+            batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, MICRO))
+            found = [loss.value.item() for loss in engine.train_step(batches, RATE, blocks[step])]
+            loss = world.sum(torch.tensor(sum(found) / len(found) / world.size)).item()
+            assert abs(loss - losses[step]) < (1e-5 if exact else 0.02), f"step {step}: {loss} and not {losses[step]}"
+            for (block, old), (_, new) in zip(before, snapshot(engine)):
+                idle = block not in (None, blocks[step])
+                assert identical(old, new) == idle, f"step {step} trains block {blocks[step]}, and block {block} says otherwise"
+
+    engine = build()
+    train(engine, 0, 3)  # up to a checkpoint that block 2, not trained yet, must be in
+    if clipping:
+        folder.mkdir(exist_ok=True)
+        world.barrier()
+        engine.save(folder)
+    train(engine, 3, STEPS)
+    for group in engine._optimizer.param_groups:
+        own_steps = STEPS if group["block"] is None else blocks.count(group["block"])
+        assert {int(engine._optimizer.state[parameter]["step"]) for parameter in group["params"]} == {own_steps}
+    for name, tensor in engine.model.state_dict().items():
+        difference = (tensor.float() - weights[name]).abs().max().item()
+        assert difference < (2e-6 if exact else 3 * RATE), f"{name} is off by {difference}"
+
+    if not clipping:
+        return  # saving and loading has nothing to do with clipping: once is enough
+    again = build()
+    again.load(folder)
+    train(again, 3, STEPS)
+    for (block, first), (_, second) in zip(snapshot(engine), snapshot(again)):
+        assert identical(first, second), f"block {block} of a resumed run is not that of the whole one"
+
+
+def main() -> None:
+    folder = Path(sys.argv[-1])
+    world = World.from_environment()
+    start_processes(EngineSettings("deepspeed"), world)
+    ways = [("torch", 1), ("deepspeed", 1), ("deepspeed", 2)]
+    for (name, stage), precision, clipping in itertools.product(ways, ("fp32", "bf16"), (0.3, 0.0)):
+        if name == "torch" and not world.is_main:
+            continue
+        settings = EngineSettings(name, stage, precision=precision)
+        assert settings.keeps_idle_blocks
+        case = f"{name} {stage} {precision} {clipping}"
+        check(settings, clipping, ALONE if name == "torch" else world, folder / case)
+        if world.is_main:
+            with (folder / "right.txt").open("a") as notes:
+                print(case, file=notes)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Untied blocks through the commands: train, resume, export, generate, and what is refused."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from rdtrain.config import load_config
+from rdtrain.distributed import World
+from rdtrain.errors import UserError
+from rdtrain.metrics import read_metrics
+from rdtrain.train import Plan, train
+
+
+def test_four_blocks_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp_path, rdtrain):
+    config = tiny_config(model={"iterations": 8}, schedule={"steps": 40}, checkpoint={"interval": 20}, evaluation={"interval": 20})
+    result = rdtrain("train", "--config", config, "model.blocks=4")
+    assert result.returncode == 0, result.stderr
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    nll = [record["validation_nll"] for record in records if "validation_nll" in record]
+    assert nll[-1] < nll[0] - 0.5
+    for record in records[1:]:  # a step trains the two iterations of one block
+        trained = {k // 2 for k, loss in enumerate(record["loss_by_iteration"]) if loss is not None}
+        assert len(trained) == 1
+
+    last = tmp_path / "run/checkpoints/step-00000040"
+    weights = load_file(last / "model.safetensors")
+    shutil.rmtree(last)
+    assert train(load_config(config, ["model.blocks=4"])) == 0
+    again = load_file(last / "model.safetensors")
+    assert again.keys() == weights.keys() and all(again[name].equal(weights[name]) for name in weights)
+    whole, resumed = (
+        [(record["step"], record["loss"], record["gradient_norm"]) for record in run[1:]]
+        for run in (records, read_metrics(tmp_path / "run/metrics.jsonl"))
+    )
+    assert whole == resumed
+
+    result = rdtrain("export", tmp_path / "run", "--output", tmp_path / "model")
+    assert result.returncode == 0 and "bit for bit" in result.stdout, result.stderr
+    assert "4 untied blocks" in (tmp_path / "model/README.md").read_text()
+    text = rdtrain("generate", tmp_path / "model", "--prompt", "The function", "--max-new-tokens", "8", "--iterations", "6")
+    assert text.returncode == 0 and len(text.stdout) > 20 and "K = 6" in text.stderr, text.stderr
+
+
+def test_blocks_that_cannot_be_are_refused_before_any_work(tiny_config, tmp_path, rdtrain, refused):
+    refused(rdtrain("train", "--config", tiny_config(), "model.blocks=3"), "blocks must divide iterations, and 3 does not divide 4")
+    config = tiny_config(objective={"name": "bptt", "trained_iterations": 1}, model={"blocks": 2})
+    refused(rdtrain("train", "--config", config), "objective.name=bptt trains one core", "model.blocks is 2", "diffusion_blocks")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_that_is_not_known_to_leave_idle_blocks_alone_is_refused(tiny_config):
+    config = load_config(tiny_config(model={"blocks": 2}, engine={"name": "deepspeed"}))
+    Plan.make(config, World.from_environment())
+    config.engine.zero_stage = 3  # it would apply an idle block's last gradient again
+    with pytest.raises(UserError, match="zero_stage=3 would change blocks .*use engine.name=deepspeed with zero_stage 1 or 2"):
+        Plan.make(config, World.from_environment())
+    config.model.blocks = 1
+    Plan.make(config, World.from_environment())
