@@ -216,6 +216,7 @@ def _add_evaluate(verbs) -> None:
     samples.add_argument("--solver", help="how a denoising model's chain steps: euler, multistep or ancestral (default: euler)")
     samples.add_argument("--chain-temperature", type=float, help="of the distributions inside the chain (default: 1)")
     samples.add_argument("--chain-top-p", type=float, help="top-p of the distributions inside the chain (default: 1)")
+    samples.add_argument("--chain-readout", help="where those are read: coda or core (default: coda)")
     judges = parser.add_argument_group("judges", "Folders of Hugging Face models on this disk, or models of rdtrain; nothing is fetched.")
     judges.add_argument("--teacher", type=Path, help="a causal language model that scores each text given its prompt")
     judges.add_argument("--mauve-features", type=Path, help="a model whose last hidden state MAUVE compares (pip install rdtrain[mauve])")
@@ -229,7 +230,7 @@ def _evaluate(arguments) -> None:
     from .evaluate.mauve import MauveSettings
 
     values = vars(arguments)
-    names = ("top_k", "top_p", "min_p", "solver", "chain_temperature", "chain_top_p")
+    names = ("top_k", "top_p", "min_p", "solver", "chain_temperature", "chain_top_p", "chain_readout")
     sampling = {name: values[name] for name in names if values[name] is not None}
     mauve = MauveSettings(arguments.mauve_scaling, "auto" if arguments.mauve_clusters is None else arguments.mauve_clusters, arguments.seed)
     others = {name: values[name] for name in EvaluateSettings.__dataclass_fields__ if name not in ("sampling", "mauve")}

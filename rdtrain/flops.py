@@ -18,6 +18,8 @@ class ForwardFlops:
     prelude: float
     iterate: float
     readout: float
+    head: float
+    """The part of the readout that makes logits; an expected embedding costs the same."""
     condition: float
     """The noise embedding and every layer's modulation, for one noise level per sequence."""
 
@@ -34,5 +36,6 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
         prelude=config.prelude_layers * layer,
         iterate=2 * (2 * width) * width + config.core_layers * layer,
         readout=config.coda_layers * layer + 2 * width * config.vocab_size,
+        head=2 * width * config.vocab_size,
         condition=condition,
     )

@@ -117,7 +117,9 @@ def train(config: Config) -> int:
         )
         if config.engine.compile:  # before the clock starts
             indices = range(config.batch.micro_sequences)
+            untouched = plan.objective.state(world)
             engine.warm_up(_on_device(plan.loader.batch(indices), world.device), SampleRandom(config.run.seed, indices, world.device))
+            plan.objective.load_state(untouched, world)
         state = {"step": 0, "seconds": 0.0}
         if saved:
             state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, plan.tokenizer_hash, world)

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from ..evaluation import held_out_nll
 from ..model.denoiser import denoise
 from ..model.generation import TextGenerator
-from ..model.recurrent import RecurrentDepthLM
+from ..model.recurrent import RecurrentDepthLM, token_losses
 from ..objectives import Objective
-from ..objectives.base import token_losses
 from ..randomness import SampleRandom
 from .models import Source
 
@@ -64,10 +63,11 @@ def cross_entropy_by_sigma(generator: TextGenerator, tokens: Tensor, batch: int,
     """
     model, noise = generator.model, generator.noise
     ends, sigma_data = (noise.settings.sigma_min, noise.settings.sigma_max), noise.sigma_data(model.config.width)
+    block_edges = noise.edges(model.config.blocks)[1:-1]
     device = model.embedding.weight.device
     curve = []
     for sigma in tqdm(sigma_grid(*ends, levels), f"{name}: cross-entropy", unit="sigma", disable=None):
-        total = 0.0
+        total, block = 0.0, sum(sigma <= edge for edge in block_edges)
         for start in range(0, len(tokens), batch):
             rows = tokens[start : start + batch].to(device)
             inputs, targets = rows[:, :-1], rows[:, 1:]
@@ -75,7 +75,7 @@ def cross_entropy_by_sigma(generator: TextGenerator, tokens: Tensor, batch: int,
             eps = random.normal(targets.shape[1], model.config.width)
             level = torch.full((len(rows), 1), sigma, device=device)
             z = model.unit_embedding(targets) + sigma * eps
-            logits = denoise(model, z, model.prelude(inputs), level, sigma_data)
+            logits = denoise(model, z, model.prelude(inputs), level, sigma_data, block=block)
             total += token_losses(logits, targets).double().sum().item()
         curve.append({"sigma": sigma, "cross_entropy": total / tokens[:, 1:].numel()})
     return curve

@@ -47,8 +47,8 @@ class Source:
 
     def objective(self, iterations: int | None = None) -> Objective:
         """What says what a likelihood of this model is, at K iterations (as trained where None)."""
-        settings = ObjectiveSettings(**self.config["objective"])
-        return build_objective(settings, NoiseSettings(**self.config["noise"]), iterations or self.iterations)
+        settings, noise = ObjectiveSettings(**self.config["objective"]), NoiseSettings(**self.config["noise"])
+        return build_objective(settings, noise, iterations or self.iterations, self.config["model"]["blocks"])
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer. UserError when it is missing, damaged, or another one."""

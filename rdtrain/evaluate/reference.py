@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import UserError, first_line
-from ..objectives.base import token_losses
+from ..model.recurrent import token_losses
 from ..randomness import SampleRandom
 from .models import Source, find_model, is_ours
 

@@ -41,6 +41,8 @@ def main() -> None:
         "the next: below 1 the text becomes likelier and less varied, earlier than --temperature can make it"
     )
     parser.add_argument("--chain-top-p", type=float, default=1.0, help="as --top-p, within each iteration but the last")
+    parser.add_argument("--chain-readout", default="coda", help="where each iteration but the last is read: coda, or core, which is "
+                        "quicker and needs a model with a core readout")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of sampling")
     parser.add_argument("--no-cache", action="store_true", help="recompute the past at every token (slow; for checking)")
     parser.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one)")
@@ -51,7 +53,7 @@ def main() -> None:
     try:
         sampling = Sampling(
             arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.solver, arguments.chain_temperature,
-            arguments.chain_top_p,
+            arguments.chain_top_p, arguments.chain_readout,
         )
         generator = TextGenerator.load(FOLDER, arguments.device)
         for prompt in arguments.prompt or [""]:

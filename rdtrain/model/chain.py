@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import KeyValueCache
-from .denoiser import denoise_state, feedback
+from .denoiser import denoise_state
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM, initial_state
 from .sampling import Sampling
@@ -26,6 +26,9 @@ class DenoisingChain:
 
     def __init__(self, model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, sampling: Sampling,
                  cache: KeyValueCache | None, generator: torch.Generator):
+        """ValueError for a chain that reads from the core when the model has no core readout."""
+        if sampling.chain_readout == "core" and not model.config.core_readout:
+            raise ValueError("chain_readout=core needs a model that was trained with objective.core_readout=true: leave it at coda")
         levels = noise.levels(iterations)
         self._sigma_data = noise.sigma_data(model.config.width)
         self._steps = list(zip(levels, levels[1:]))
@@ -52,13 +55,16 @@ class DenoisingChain:
             level = torch.full((ids.shape[0], 1), sigma, device=ids.device)
             block = model.config.block_of(k, len(self._steps))
             state, conditioning = denoise_state(model, state, e, level, self._sigma_data, cache and cache.core[k], previous, block)
-            if self._sampling.estimate == "core" and k + 1 < len(self._steps):
-                logits = model.readout_from_core(state[:, -1:])
+            last, from_core = k + 1 == len(self._steps), self._sampling.chain_readout == "core"
+            if from_core and not last:
+                read = model.readout_from_core
             else:
-                hidden = model.coda(state, conditioning, cache and cache.coda[k])
-                logits = model.head(hidden[:, -1:])
-            if k + 1 < len(self._steps):
-                previous = feedback(model, state, hidden)
+                slots = cache and cache.coda[0 if from_core else k]
+                state, read = model.coda(state, conditioning, slots), model.head
+            logits = read(state[:, -1:])
+            if not last:
+                if model.config.self_conditioning:  # every position is told, as in training
+                    previous = read(state).float().softmax(-1) @ self._unit_embeddings
                 z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
         return logits[:, 0]
 

@@ -5,8 +5,6 @@ The target of position i is y_i, the unit-length embedding of its next token; th
 the states of the past reach it through the core's attention, and hold only tokens that the position may know.
 """
 
-import math
-
 from torch import Tensor
 
 from .cache import CacheSlot
@@ -20,7 +18,7 @@ def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, 
 
     The state [B, T, d] is the preconditioned estimate of the target in units of its standard deviation; it and the conditioning are
     what the model's `readout`, `coda` and `losses` take. sigma_data: the standard deviation of the target's components that the scalings
-    assume. previous: the feedback of the iteration before. block: the one whose noise levels these are.
+    assume. previous: the estimate of the iteration before, as `iterate` takes it. block: the one whose noise levels these are.
     """
     scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
     conditioning = model.condition(scale.c_noise.squeeze(-1))
@@ -34,13 +32,3 @@ def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_
     """Logits [B, T, V] of the next tokens: `denoise_state` and the readout."""
     state, conditioning = denoise_state(model, z, e, sigma, sigma_data, core_cache, previous, block)
     return model.readout(state, conditioning, coda_cache)
-
-
-def feedback(model: RecurrentDepthLM, state: Tensor, hidden: Tensor) -> Tensor | None:
-    """What the next iteration is told of this one, [B, T, d], of its core's state and its coda's end; None for a model without feedback."""
-    kind = model.config.feedback
-    if kind == "none":
-        return None
-    if kind == "estimate":
-        return model.expected_embedding(model.head(hidden)) * math.sqrt(model.config.width)  # unit variance a component
-    return state if kind == "core" else hidden

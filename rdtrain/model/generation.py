@@ -40,9 +40,8 @@ def generate(model: RecurrentDepthLM, ids: Tensor, max_new_tokens: int, iteratio
     cache = None
     if use_cache:
         capacity = ids.shape[1] + max_new_tokens
-        cache = KeyValueCache(
-            model.config, iterations, iterations if denoising else 1, ids.shape[0], capacity, model.embedding.weight
-        )
+        coda_iterations = iterations if denoising and sampling.chain_readout == "coda" else 1
+        cache = KeyValueCache(model.config, iterations, coda_iterations, ids.shape[0], capacity, model.embedding.weight)
     if denoising:
         chain = DenoisingChain(model, noise, iterations, sampling, cache, generator)
     else:
@@ -95,7 +94,7 @@ class TextGenerator:
         sampling = sampling or Sampling()
         if sampling.changes_the_chain and not self.model.config.noise_conditioning:
             raise ValueError(
-                "solver, chain_temperature and chain_top_p are settings of a denoising model, and this one was trained by "
+                "solver and chain_* are settings of a denoising model, and this one was trained by "
                 "backpropagation through time: leave them out"
             )
         device = self.model.embedding.weight.device

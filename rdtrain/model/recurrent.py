@@ -82,15 +82,14 @@ class ModelConfig(ModelSettings):
 
     vocab_size: rows of the embedding.
     noise_conditioning: whether core and coda layers take a noise level.
-    feedback: what an iteration is told of the one before it besides the state: nothing, the expected embedding of its logits
-        (`estimate`), what its coda ended with (`hidden`), or what its core ended with (`core`).
+    self_conditioning: whether an iteration takes the expected embedding that the one before it ended with.
     core_readout: whether logits can also be read straight from the core's state.
     initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
     """
 
     vocab_size: int = 0
     noise_conditioning: bool = False
-    feedback: Literal["none", "estimate", "hidden", "core"] = "none"
+    self_conditioning: bool = False
     core_readout: bool = False
     initial_state: Literal["normal", "zero"] = "normal"
 
@@ -129,7 +128,7 @@ class Core(nn.Module):
 
     def forward(self, state: Tensor, e: Tensor, conditioning: Tensor | None, cache: list[CacheSlot] | None,
                 told: Tensor | None) -> Tensor:
-        """state, e [B, T, d] -> the next state [B, T, d]; told: what the feedback adds to the adapter's output, [B, T, d]."""
+        """state, e [B, T, d] -> the next state [B, T, d]; told: what self-conditioning adds to the adapter's output, [B, T, d]."""
         x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
         if told is not None:
             x = x + told
@@ -164,7 +163,7 @@ class RecurrentDepthLM(nn.Module):
         self.coda_layers = sandwich_blocks(config, config.coda_layers, conditioned=config.noise_conditioning)
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.noise_embedding = NoiseEmbedding() if config.noise_conditioning else None
-        self.feedback = nn.Linear(config.width, config.width, bias=False) if config.feedback != "none" else None
+        self.estimate_adapter = nn.Linear(config.width, config.width, bias=False) if config.self_conditioning else None
         self.core_norm = RMSNorm(config.width, config.norm_eps) if config.core_readout else None
         self.core_scale = nn.Parameter(torch.ones(1)) if config.core_readout else None
         self.initialise()
@@ -182,7 +181,7 @@ class RecurrentDepthLM(nn.Module):
         for name, parameter in self.named_parameters():
             if name == "core_scale" or "norm" in name.rsplit(".", 2)[-2]:
                 continue  # these stay at one
-            if ".modulation." in name or name.endswith(".bias") or name == "feedback.weight":
+            if ".modulation." in name or name.endswith(".bias") or name == "estimate_adapter.weight":
                 parameter.zero_()
             elif name.startswith("noise_embedding."):
                 nn.init.normal_(parameter, std=CONDITIONING_WIDTH**-0.5)
@@ -199,9 +198,12 @@ class RecurrentDepthLM(nn.Module):
                 cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0) -> Tensor:
         """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d].
 
-        previous: feedback of the iteration before, [B, T, d], for a model that takes it; None is the same as zeros.
+        previous: the expected embedding that the iteration before ended with, [B, T, d], for a model with self-conditioning; None is
+        the same as zeros.
         """
-        told = None if previous is None else self.feedback(previous.to(e.dtype))
+        told = None
+        if previous is not None:  # in units of the target's standard deviation
+            told = self.estimate_adapter((math.sqrt(self.config.width) * previous).to(e.dtype))
         return self.cores[block](state, e, conditioning, cache, told)
 
     def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:

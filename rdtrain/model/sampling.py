@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ class Sampling:
     solver: euler, multistep or ancestral; see solvers.py.
     chain_temperature, chain_top_p: as temperature and top_p, of the distribution that an iteration hands to the solver: its expected
         embedding, or for ancestral its draw, is that of the sharpened distribution.
+    chain_readout: where that distribution is read: `coda`, or `core` for a model with a core readout, which spares the coda.
     """
 
     temperature: float = 1.0
@@ -33,7 +33,7 @@ class Sampling:
     solver: str = "euler"
     chain_temperature: float = 1.0
     chain_top_p: float = 1.0
-    estimate: Literal["coda", "core"] = "coda"
+    chain_readout: str = "coda"
 
     def __post_init__(self):
         """ValueError, in one sentence, for settings that leave nothing to draw from and for an unknown solver."""
@@ -49,11 +49,13 @@ class Sampling:
             raise ValueError(f"min_p must lie in [0, 1], and it is {self.min_p}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, and it is {self.solver}")
+        if self.chain_readout not in ("coda", "core"):
+            raise ValueError(f"chain_readout must be coda or core, and it is {self.chain_readout}")
 
     @property
     def changes_the_chain(self) -> bool:
         """Whether anything but the last iteration's draw is set: what means nothing to a model that is not a denoiser."""
-        return (self.solver, self.chain_temperature, self.chain_top_p) != ("euler", 1, 1)
+        return (self.solver, self.chain_temperature, self.chain_top_p, self.chain_readout) != ("euler", 1, 1, "coda")
 
     def chain_logits(self, logits: Tensor) -> Tensor:
         """Logits [..., V] of an iteration before the last -> fp32 logits [..., V] for the solver."""

@@ -18,10 +18,9 @@ class ObjectiveSettings:
 
     name: `diffusion_blocks` (each iteration a denoiser, one pass), `bptt` (backpropagation through unrolled iterations) or `one_pass`
         (an ordinary language model, the control without recurrence: model.iterations=1).
-    feedback: diffusion_blocks only: what an iteration is told of the one before it, besides the state: `none`, the expected embedding
-        of its logits (`estimate`, which is self-conditioning), the end of its coda (`hidden`) or of its core (`core`).
-    feedback_iterations: how many earlier iterations, without gradient, a training sequence is told of at most: every second
-        sequence of one, every fourth of two, and so on.
+    self_conditioning: diffusion_blocks only: an iteration also takes the estimate of the one before it (arXiv 2208.04202).
+    chain_states: diffusion_blocks only: an iteration starts from the state that the model's own iteration before led to, not from a
+        noised target. For both, every second sample goes through that iteration first, without gradient.
     core_readout: diffusion_blocks only: also train logits that are read straight from the core, for a cheaper chain.
     gradient: bptt only: which iterations carry gradient: `full` all, `truncated` the last few, `local` the last one alone.
     trained_iterations: gradient=truncated only: how many carry it at most; 8 in Huginn.
@@ -31,8 +30,8 @@ class ObjectiveSettings:
     """
 
     name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
-    feedback: Literal["none", "estimate", "hidden", "core"] = "none"
-    feedback_iterations: int = 1
+    self_conditioning: bool = False
+    chain_states: bool = False
     core_readout: bool = False
     gradient: Literal["full", "truncated", "local"] = "truncated"
     trained_iterations: int = 8
@@ -45,7 +44,7 @@ class ObjectiveSettings:
             raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
         changed = [field.name for field in fields(self) if field.name != "name" and getattr(self, field.name) != field.default]
         for name in changed:
-            owner = "diffusion_blocks" if name in ("feedback", "feedback_iterations", "core_readout") else "bptt"
+            owner = "diffusion_blocks" if name in ("self_conditioning", "chain_states", "core_readout") else "bptt"
             if self.name != owner:
                 raise ValueError(f"{name} belongs to name={owner}, and name is {self.name}: leave it out")
         if "trained_iterations" in changed and self.gradient != "truncated":

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..distributed import World
 from ..flops import forward_flops
-from ..model.denoiser import denoise_state, feedback
+from ..model.denoiser import denoise, denoise_state
 from ..model.information import InformationEstimate
 from ..model.noise import NoiseSchedule, NoiseSettings, edm_weight
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
+from ..model.solvers import euler_step
 from ..randomness import SampleRandom
 from .base import Loss, Objective, ObjectiveSettings, sum_and_count
 
@@ -32,13 +33,13 @@ class DiffusionBlocks(Objective):
     untied_blocks = True
 
     def __init__(self, settings: NoiseSettings, iterations: int, objective: ObjectiveSettings | None = None, blocks: int = 1):
-        """objective: for feedback and core_readout; the defaults where None. blocks: B, which divides iterations, K."""
+        """objective: for what belongs to diffusion_blocks there; the defaults where None. blocks: B, which divides iterations, K."""
         objective = objective or ObjectiveSettings()
         self.settings = settings
-        self.feedback_iterations = 0 if objective.feedback == "none" else objective.feedback_iterations
+        self.self_conditioning, self.chain_states = objective.self_conditioning, objective.chain_states
         self.core_readout = objective.core_readout
         self.model_fields = {
-            "noise_conditioning": True, "feedback": objective.feedback, "core_readout": objective.core_readout
+            "noise_conditioning": True, "self_conditioning": self.self_conditioning, "core_readout": self.core_readout
         }
         self.iterations = iterations
         self.blocks = blocks
@@ -78,12 +79,13 @@ class DiffusionBlocks(Objective):
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         iteration, sigma = self.draw(random, targets.shape[1])
-        sigma_data = self.noise.sigma_data(model.config.width)
-        eps = random.normal(targets.shape[1], model.config.width)
-        z = model.unit_embedding(targets) + sigma.unsqueeze(-1) * eps
-        e = model.prelude(inputs)
-        block = self.active_block(random) or 0
-        previous = self._feedback(model, z, e, sigma, random, block)
+        block, sigma_data = self.active_block(random) or 0, self.noise.sigma_data(model.config.width)
+        y, eps = model.unit_embedding(targets), random.normal(targets.shape[1], model.config.width)
+        z, e, previous = y + sigma.unsqueeze(-1) * eps, model.prelude(inputs), None
+        if self.self_conditioning or self.chain_states:
+            rows = torch.tensor([row for row, index in enumerate(random.indices) if index % 2 == 0], device=z.device)
+            if len(rows):
+                z, previous = self._after_earlier_iteration(model, z, y, eps, e, iteration, sigma, rows, block)
         state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
         losses = model.losses(state, targets, conditioning)
         self.information.add(sigma, losses)
@@ -97,44 +99,48 @@ class DiffusionBlocks(Objective):
         return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration})
 
     @torch.no_grad()
-    def _feedback(self, model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, random: SampleRandom,
-                  block: int) -> Tensor | None:
-        """What each sequence is told of earlier iterations of a block at the same z, [B, T, d]; zeros for a sequence that is told nothing.
+    def _after_earlier_iteration(self, model: RecurrentDepthLM, z: Tensor, y: Tensor, eps: Tensor, e: Tensor, iteration: Tensor,
+                                 sigma: Tensor, rows: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
+        """Run `rows` through one iteration first: the states z to start from, and what each sequence is told of it (zeros: nothing).
 
-        Every second sample has one earlier iteration, every fourth two, and so on: by the sample's index, so that the shapes are
-        the same at every step.
+        Self-conditioning alone looks twice at the same state; with chain_states the earlier iteration runs at its own level, and one
+        Euler step leads from there to sigma.
         """
-        if not self.feedback_iterations:
-            return None
-        sigma_data = self.noise.sigma_data(model.config.width)
-        told = torch.zeros_like(e)
-        for n in range(self.feedback_iterations):
-            rows = [row for row, index in enumerate(random.indices) if index % 2 ** (n + 1) == 0]
-            if not rows:
-                break
-            rows = torch.tensor(rows, device=z.device)
-            state, conditioning = denoise_state(model, z[rows], e[rows], sigma[rows], sigma_data, previous=told[rows], block=block)
-            told = told.index_copy(0, rows, feedback(model, state, model.coda(state, conditioning)).to(told.dtype))
-        return told
+        sigma_data, level = self.noise.sigma_data(model.config.width), sigma[rows]
+        before = self._level_before(iteration[rows], level, block) if self.chain_states else level
+        start = y[rows] + before.unsqueeze(-1) * eps[rows]
+        state, conditioning = denoise_state(model, start, e[rows], before, sigma_data, block=block)
+        estimate = model.expected_embedding(model.head(model.coda(state, conditioning)))
+        if self.chain_states:
+            z = z.index_copy(0, rows, euler_step(start, estimate, before.unsqueeze(-1), level.unsqueeze(-1)))
+        told = torch.zeros_like(y).index_copy(0, rows, estimate) if self.self_conditioning else None
+        return z, told
 
-    def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom, iterations: int = 1) -> Tensor:
-        """From pure noise at sigma_max, which is block 0's: the honest next-token distribution of a denoising model.
+    def _level_before(self, iteration: Tensor, sigma: Tensor, block: int) -> Tensor:
+        """The level at the same place (in ln sigma) of the interval of the iteration before; the same level for a block's first."""
+        first = block * self.iterations // self.blocks
+        low, high = self._intervals[iteration].log().unbind(-1)
+        low_before, high_before = self._intervals[(iteration - 1).clamp(min=first)].log().unbind(-1)
+        before = low_before.lerp(high_before, (sigma.log() - low) / (high - low)).exp()
+        return torch.where(iteration > first, before.maximum(sigma), sigma)
 
-        iterations: how many at sigma_max, each told of the one before; only a model with feedback gains by more than one.
-        """
+    def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
+        """One iteration from pure noise at sigma_max, which is block 0's: the honest next-token distribution of a denoising model."""
         sigma = torch.full((inputs.shape[0], 1), self.settings.sigma_max, device=inputs.device)
         z = self.settings.sigma_max * random.normal(inputs.shape[1], model.config.width)
-        sigma_data = self.noise.sigma_data(model.config.width)
-        e, previous = model.prelude(inputs), None
-        for _ in range(iterations - 1):
-            state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous)
-            previous = feedback(model, state, model.coda(state, conditioning))
-        return model.readout(*denoise_state(model, z, e, sigma, sigma_data, previous=previous))
+        return denoise(model, z, model.prelude(inputs), sigma, self.noise.sigma_data(model.config.width))
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         parts = forward_flops(config, sequence_length)
         condition = parts.condition * (sequence_length if self.settings.level_per == "token" else 1)
-        return 3 * (parts.prelude + parts.iterate + parts.readout + condition)
+        flops = 3 * (parts.prelude + parts.iterate + parts.readout + condition)
+        if self.self_conditioning or self.chain_states:  # every second sequence, without gradient, and its expected embedding
+            flops += (parts.iterate + parts.readout + condition + parts.head) / 2
+        if self.self_conditioning:
+            flops += 3 * 2 * config.width**2
+        if self.core_readout:
+            flops += 3 * parts.head
+        return flops
 
     def after_step(self, step: int, world: World) -> None:
         """Every FOLD_INTERVAL steps the curve takes in what all ranks have seen since."""

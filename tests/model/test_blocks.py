@@ -31,8 +31,8 @@ def test_an_iteration_is_of_the_block_that_was_trained_at_its_noise_level(iterat
 
 @pytest.mark.parametrize("block", range(4))
 def test_a_block_computes_what_a_model_of_its_core_alone_computes(block, build_model):
-    model, alone = build_model(True, blocks=4, feedback="hidden"), build_model(True, seed=9, feedback="hidden")
-    torch.nn.init.normal_(model.feedback.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    model, alone = build_model(True, blocks=4, self_conditioning=True), build_model(True, seed=9, self_conditioning=True)
+    torch.nn.init.normal_(model.estimate_adapter.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("cores.")}
     weights |= {f"cores.0.{name}": tensor for name, tensor in model.cores[block].state_dict().items()}
     alone.load_state_dict(weights)
