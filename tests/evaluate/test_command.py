@@ -18,7 +18,7 @@ SMALL = ("--sequences", 8, "--sequence-length", 16, "--prompts", 4, "--prompt-to
 
 def test_two_runs_are_measured_and_their_samples_scored_again_elsewhere(rdtrain, run, shards, gpt2, tmp_path):
     pytest.importorskip("mauve")
-    runs = [run("blocks"), run("bptt", objective={"name": "bptt", "free_iterations": 3, "trained_iterations": 1})]
+    runs = [run("blocks"), run("bptt", objective={"name": "bptt", "depth": "fixed", "trained_iterations": 3})]
     assert rdtrain("export", runs[1], "--output", tmp_path / "exported").returncode == 0
     output = tmp_path / "report"
     judges = ("--teacher", gpt2, "--mauve-features", runs[1])
