@@ -167,7 +167,8 @@ def train_main() -> None:
 def _add_compare(verbs) -> None:
     parser = _verb(
         verbs, "compare", _compare, "report runs side by side",
-        "Writes report.md, report.json and nll-against-flops.png: cost per token, speed, memory and held-out NLL of each run.",
+        "Writes report.md, report.json and plots of held-out NLL against training FLOPs and time: what a token costs, speed, memory, and "
+        "how soon the first run reaches what the others end with.",
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
