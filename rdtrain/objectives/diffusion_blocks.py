@@ -49,7 +49,7 @@ class DiffusionBlocks(Objective):
     def _divide(self) -> None:
         """Divide the noise levels into iterations, by the curve as it is now."""
         self.noise = NoiseSchedule(self.settings, self.information.curve)
-        self._intervals = torch.tensor([self.noise.interval(k, self.iterations) for k in range(1, self.iterations + 1)])
+        self._intervals = torch.tensor(self.noise.intervals(self.iterations))
 
     @property
     def block_probabilities(self) -> list[float]:
