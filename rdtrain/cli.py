@@ -202,7 +202,8 @@ def _add_evaluate(verbs) -> None:
     likelihood.add_argument("--sequence-length", type=int, default=512, help="tokens of each")
     likelihood.add_argument("--sigma-levels", type=int, default=24, help="noise levels of a denoising model's curve")
     likelihood.add_argument(
-        "--nll-iterations", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="K", help="of an unrolled model's NLL"
+        "--nll-iterations", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="K",
+        help="of an unrolled model's NLL, and of the bound on that of a denoising chain",
     )
     samples = parser.add_argument_group("samples", "The defaults are the protocol of DiffusionBlocks' paper.")
     samples.add_argument("--prompts", type=int, default=1000, help="held-out prompts, spread evenly over the shards")
