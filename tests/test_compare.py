@@ -38,7 +38,8 @@ def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
 
 def test_the_time_to_another_runs_nll_is_read_off_the_curve(tmp_path, monkeypatch):
     def arm(name, objective, *curve):
-        values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | {"name": name, "objective": objective, "learning_rate_source": "", "folder": "", "machine": "", "precision": ""}
+        texts = dict.fromkeys(("learning_rate_source", "folder", "machine", "precision"), "")
+        values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | texts | {"name": name, "objective": objective}
         return Arm(**values | {"curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
 
     first = arm("ours", "diffusion_blocks", (0, 0.0, 9.0), (1, 10.0, 5.0), (2, 20.0, 4.0), (3, 30.0, 4.2))

@@ -38,9 +38,8 @@ class DiffusionBlocks(Objective):
         self.settings = settings
         self.self_conditioning, self.chain_states = objective.self_conditioning, objective.chain_states
         self.core_readout = objective.core_readout
-        self.model_fields = {
-            "noise_conditioning": True, "self_conditioning": self.self_conditioning, "core_readout": self.core_readout
-        }
+        features = ("posterior_readout", "self_conditioning", "core_readout")
+        self.model_fields = {"noise_conditioning": True} | {name: getattr(objective, name) for name in features}
         self.iterations = iterations
         self.blocks = blocks
         self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
@@ -86,8 +85,8 @@ class DiffusionBlocks(Objective):
             rows = torch.tensor([row for row, index in enumerate(random.indices) if index % 2 == 0], device=z.device)
             if len(rows):
                 z, previous = self._after_earlier_iteration(model, z, y, eps, e, iteration, sigma, rows, block)
-        state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
-        losses = model.losses(state, targets, conditioning)
+        state, conditioning, evidence = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
+        losses = model.losses(state, targets, conditioning, evidence)
         self.information.add(sigma, losses)
         weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses
         by_level = losses.detach().sum_to_size(sigma.shape).flatten()
@@ -95,7 +94,7 @@ class DiffusionBlocks(Objective):
         by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
         value = weighted.mean()
         if self.core_readout:
-            value = value + token_losses(model.readout_from_core(state), targets).mean()
+            value = value + token_losses(model.readout_from_core(state, evidence), targets).mean()
         return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration})
 
     @torch.no_grad()
@@ -109,8 +108,8 @@ class DiffusionBlocks(Objective):
         sigma_data, level = self.noise.sigma_data(model.config.width), sigma[rows]
         before = self._level_before(iteration[rows], level, block) if self.chain_states else level
         start = y[rows] + before.unsqueeze(-1) * eps[rows]
-        state, conditioning = denoise_state(model, start, e[rows], before, sigma_data, block=block)
-        estimate = model.expected_embedding(model.head(model.coda(state, conditioning)))
+        logits = denoise(model, start, e[rows], before, sigma_data, block=block)
+        estimate = model.expected_embedding(logits)
         if self.chain_states:
             z = z.index_copy(0, rows, euler_step(start, estimate, before.unsqueeze(-1), level.unsqueeze(-1)))
         told = torch.zeros_like(y).index_copy(0, rows, estimate) if self.self_conditioning else None
@@ -140,6 +139,8 @@ class DiffusionBlocks(Objective):
             flops += 3 * 2 * config.width**2
         if self.core_readout:
             flops += 3 * parts.head
+        if config.posterior_readout:  # one more product with the embeddings for each readout, which has no backward pass
+            flops += parts.head * (1 + self.core_readout + (self.self_conditioning or self.chain_states) / 2)
         return flops
 
     def after_step(self, step: int, world: World) -> None:
