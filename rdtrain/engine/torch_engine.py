@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, first_line
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss, Objective
 from ..optimization import OptimizerSettings, build_optimizer
@@ -45,9 +46,13 @@ class TorchEngine(Engine):
         return losses
 
     def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
-        with self.autocast:
-            value, _ = self._module(tokens, random)
-        value.backward()
+        """UserError where the model is to be compiled and this machine cannot."""
+        try:
+            with self.autocast:
+                value, _ = self._module(tokens, random)
+            value.backward()
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise UserError(f"torch.compile failed ({first_line(error)}): install a C++ compiler, or set engine.compile=false") from error
         self._optimizer.zero_grad()
 
     def gradient_norm(self) -> float:

@@ -255,8 +255,8 @@ class RecurrentDepthLM(nn.Module):
         return F.normalize(self.embedding(ids).float(), dim=-1)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
-        """softmax(logits) @ unit embeddings, in fp32: [..., V] -> [..., d]."""
-        return logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)
+        """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on."""
+        return (logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)).float()
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

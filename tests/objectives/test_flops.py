@@ -118,6 +118,19 @@ def test_training_counts_of_diffusion_blocks_are_exact_but_for_one_gradient_that
     assert expected - unneeded == pytest.approx(actual, rel=1e-12)
 
 
+@pytest.mark.parametrize("settings", [["self_conditioning"], ["chain_states"], ["core_readout"], ["self_conditioning", "core_readout"]])
+@pytest.mark.parametrize("level_per", ["sequence", "token"])
+def test_training_counts_with_an_iteration_before_and_a_core_readout_are_exact_but_for_that_gradient(
+    level_per, settings, build_model, random_of
+):
+    """Every second of the four sequences goes through the iteration before."""
+    objective = DiffusionBlocks(NoiseSettings(level_per=level_per), 4, ObjectiveSettings(**dict.fromkeys(settings, True)))
+    model = build_model(core_layers=3, **objective.model_fields)
+    actual = counted(lambda: objective(model, ids(4, 9), random_of(range(4))).value.backward())
+    unneeded = 2 * 128 * 128 * 4 * (8 if level_per == "token" else 1)
+    assert objective.training_flops(model.config, 8) * 4 * 8 - unneeded == pytest.approx(actual, rel=1e-12)
+
+
 def test_the_unneeded_gradient_is_nothing_at_the_size_of_a_real_run(build_model):
     with torch.device("meta"):
         config = build_model(True, width=512, heads=8, mlp_width=1536, core_layers=4, vocab_size=8192).config
