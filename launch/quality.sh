@@ -38,6 +38,7 @@ declare -A ablation=(
     [no-overlap]="noise.overlap=0.0"
     [8-iterations]="model.iterations=8"
     [4-blocks]="model.blocks=4"
+    [no-posterior-readout]="objective.posterior_readout=false"
     [core-readout]="objective.core_readout=true"
     [self-conditioning]="objective.self_conditioning=true"
     [chain-states]="objective.chain_states=true"

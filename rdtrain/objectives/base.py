@@ -32,7 +32,7 @@ class ObjectiveSettings:
     """
 
     name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
-    posterior_readout: bool = False
+    posterior_readout: bool = True
     self_conditioning: bool = False
     chain_states: bool = False
     core_readout: bool = False

@@ -24,7 +24,8 @@ def models(build_model):
 def test_the_logits_are_the_networks_and_the_log_density_of_the_state_under_each_token(models, sigma):
     with_evidence, without = models
     sigma = torch.tensor(sigma)
-    z = with_evidence.unit_embedding(TOKENS[:, 1:]) + sigma.unsqueeze(-1) * torch.randn(8, 12, 32, generator=torch.Generator().manual_seed(1))
+    eps = torch.randn(8, 12, 32, generator=torch.Generator().manual_seed(1))
+    z = with_evidence.unit_embedding(TOKENS[:, 1:]) + sigma.unsqueeze(-1) * eps
     posterior, network = (denoise(model, z, model.prelude(TOKENS[:, :-1]), sigma, 32**-0.5) for model in models)
     table = without.embedding.weight.detach().double()
     unit = table / table.norm(dim=-1, keepdim=True)

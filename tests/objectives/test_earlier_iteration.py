@@ -23,6 +23,8 @@ CASES = pytest.mark.parametrize(
         (ALL[1:2], {"share_at_sigma_max": 0.0}, 1),
         (ALL[2:], {"weighting": "edm", "sigma_min": 0.05}, 1),
         (ALL, {}, 1),
+        (("posterior_readout",), {"sigma_min": 0.05}, 1),
+        (("posterior_readout", *ALL), {"sigma_min": 0.05, "level_per": "token"}, 2),
         (ALL, {"overlap": 1.0, "share_at_sigma_max": 0.0}, 1),  # so wide that the level before would fall below the level
         (ALL, {"level_per": "token"}, 1),
         (ALL, {"share_at_sigma_max": 0.0, "sigma_data": 0.5}, 2),
@@ -33,7 +35,8 @@ CASES = pytest.mark.parametrize(
 
 
 def build(settings, noise, blocks, build_model):
-    objective = DiffusionBlocks(NoiseSettings(**noise), K, ObjectiveSettings(**dict.fromkeys(settings, True)), blocks)
+    chosen = ObjectiveSettings(**{"posterior_readout": False} | dict.fromkeys(settings, True))
+    objective = DiffusionBlocks(NoiseSettings(**noise), K, chosen, blocks)
     # so large an epsilon that the readout's norm does not hide the scale of what it is given
     return objective, build_model(blocks=blocks, norm_eps=0.1, **objective.model_fields)
 
@@ -42,7 +45,7 @@ def level_before(objective, iteration, sigma, first):
     """Iterations counted from 0: the level as far up the interval of the one before, in ln sigma; none is before a block's first."""
     if iteration == first:
         return sigma
-    (low, high), (low_before, high_before) = (objective.noise.interval(k, K) for k in (iteration + 1, iteration))
+    (low, high), (low_before, high_before) = (objective.noise.intervals(K)[k] for k in (iteration, iteration - 1))
     place = math.log(sigma / low) / math.log(high / low)
     return max(sigma, low_before * (high_before / low_before) ** place)
 
@@ -61,6 +64,11 @@ def estimate_by_hand(model, core, z, e, levels, told, sd):
         x = x + told / (1 / math.sqrt(model.config.width)) @ model.estimate_adapter.weight.T
     hidden = run_layers(model.config, core.layers, x.unsqueeze(0), conditioning, None)[0]
     return (sd**2 / total * z + levels * sd / total.sqrt() * hidden) / sd, conditioning
+
+
+def evidence_by_hand(model, z, levels):
+    """ln N(z; y_x, sigma^2) of each token x, of length one, up to a constant [T, V], without gradient; 0 for a model that leaves it out."""
+    return (z @ unit_rows(model).T / levels**2).detach() * model.config.posterior_readout
 
 
 def cross_entropies(logits, targets):
@@ -84,19 +92,21 @@ def losses_by_hand(model, objective, sequence, random):
             before = torch.tensor(falling, dtype=torch.float64).unsqueeze(-1)
         start = y + before * eps
         state, conditioning = estimate_by_hand(model, core, start, e, before, None, sd)
-        probability = model.readout(state.unsqueeze(0), conditioning)[0].softmax(-1)
+        logits = model.readout(state.unsqueeze(0), conditioning)[0] + evidence_by_hand(model, start, before)
+        probability = logits.softmax(-1)
         expected = sum(probability[:, token, None] * unit_rows(model)[token] for token in range(50))
         if objective.chain_states:
             z = (start + (levels - before) / before * (start - expected)).detach()
         if objective.self_conditioning:
             told = expected.detach()
     state, conditioning = estimate_by_hand(model, core, z, e, levels, told, sd)
-    losses = cross_entropies(model.readout(state.unsqueeze(0), conditioning)[0], targets)
+    evidence = evidence_by_hand(model, z, levels)
+    losses = cross_entropies(model.readout(state.unsqueeze(0), conditioning)[0] + evidence, targets)
     weights = ((levels**2 + sd**2) / (levels * sd) ** 2)[:, 0] if objective.settings.weighting == "edm" else torch.ones(1)
     second = torch.zeros(8)
     if objective.core_readout:
         normed = state / (state.square().mean(-1, keepdim=True) + 0.1).sqrt() * model.core_norm.weight
-        second = cross_entropies(model.core_scale * normed @ model.embedding.weight.T, targets)
+        second = cross_entropies(model.core_scale * normed @ model.embedding.weight.T + evidence, targets)
     return losses, weights, second
 
 
