@@ -6,8 +6,8 @@ gives the token away.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class HeldOut:
 def measure_likelihood(model: RecurrentDepthLM, objective: Objective, tokens: Tensor, bytes_per_token: float, batch: int) -> HeldOut:
     """Held-out likelihood on sequences tokens [N, T + 1], `batch` at a time, with the noise of training's own evaluations."""
     device = model.embedding.weight.device
-    rows = held_out_nll(model, objective, tokens, range(len(tokens)), batch, device, nullcontext())
+    rows = held_out_nll(partial(objective.held_out_nll, model), tokens, range(len(tokens)), batch, device)
     each = torch.cat([nll.double().mean(1).cpu() for nll in rows])
     nll = each.mean().item()
     error = each.std().item() / math.sqrt(len(each)) if len(each) > 1 else None

@@ -38,6 +38,8 @@ class DiffusionBlocks(Objective):
         self.settings = settings
         self.self_conditioning, self.chain_states = objective.self_conditioning, objective.chain_states
         self.core_readout = objective.core_readout
+        if self.self_conditioning or self.chain_states:
+            self.smallest_micro_batch = 2  # every second sample goes through an earlier iteration
         self.model_fields = {
             "noise_conditioning": True, "self_conditioning": self.self_conditioning, "core_readout": self.core_readout
         }
