@@ -6,6 +6,7 @@ The optimizer is torch's AdamW but for the blocks that it leaves out, so nothing
 import datetime
 import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -19,6 +20,8 @@ from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
 
 TAG = "deepspeed"
+HOLDER = -1
+"""A number that is no module's."""
 
 
 def initialise_distributed(world: World) -> None:
@@ -46,15 +49,22 @@ class DeepSpeedEngine(Engine):
         self._optimizer = build_optimizer(self.model, optimizer)  # ZeRO puts its flat shards into the groups of this very object
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._norm: float | Tensor = 0.0
-        if self._stage == 3 and module.objective.repeats_core:
-            self._keep_whole(self.model.cores)
+        self._held = list(self.model.cores.parameters()) if self._stage == 3 and module.objective.repeats_core else []
 
-    def _keep_whole(self, part: nn.Module) -> None:
-        """Have stage 3 leave the weights of a part whole, as it leaves small ones: gathered once a step, however often they are used."""
-        for parameter in part.parameters():
-            if not parameter.ds_persist:
-                parameter.ds_persist = True
-                self._engine.optimizer.persistent_parameters.append(parameter)
+    @contextmanager
+    def _core_held(self):
+        """Have stage 3 keep the core's weights once they are gathered: an iteration would drop them, which the next one needs again.
+
+        It drops what no module is using, so one more user is noted for each. (Its own setting for weights to be left whole goes by size
+        alone, and holds only while every step calls the same modules, which a drawn depth does not.) The optimizer's step drops all.
+        """
+        for parameter in self._held:
+            parameter.ds_active_sub_modules.add(HOLDER)
+        try:
+            yield
+        finally:
+            for parameter in self._held:
+                parameter.ds_active_sub_modules.discard(HOLDER)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
         self._optimizer.active_block = block
@@ -64,19 +74,21 @@ class DeepSpeedEngine(Engine):
         if self._stage == 3:  # it would count an idle block's last gradient into the norm once more
             nn.ModuleList(idle).requires_grad_(False)
         losses = []
-        for tokens, random in micro_batches:
-            loss = Loss(*self._engine(tokens, random))
-            self._engine.backward(loss.value)
-            if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():  # which reports no norm
-                self._norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            self._engine.step()  # DeepSpeed counts micro-batches itself and updates at the last
-            losses.append(loss)
+        with self._core_held():
+            for tokens, random in micro_batches:
+                loss = Loss(*self._engine(tokens, random))
+                self._engine.backward(loss.value)
+                if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():  # which reports no norm
+                    self._norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+                self._engine.step()  # DeepSpeed counts micro-batches itself and updates at the last
+                losses.append(loss)
         nn.ModuleList(idle).requires_grad_(True)
         return losses
 
     @torch.no_grad()
     def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
-        return self._engine(tokens, random, held_out=True)
+        with self._core_held():
+            return self._engine(tokens, random, held_out=True)
 
     def weights(self) -> dict[str, Tensor]:
         main, whole = self._engine.global_rank == 0, {}
