@@ -189,7 +189,8 @@ def train_main() -> None:
 def _add_compare(verbs) -> None:
     parser = _verb(
         verbs, "compare", _compare, "report runs side by side",
-        "Writes report.md, report.json and nll-against-flops.png: cost per token, speed, memory and held-out NLL of each run.",
+        "Writes report.md, report.json and plots of held-out NLL against training FLOPs and time: what a token costs, speed, memory, and "
+        "how soon the first run reaches what the others end with.",
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
@@ -223,7 +224,8 @@ def _add_evaluate(verbs) -> None:
     likelihood.add_argument("--sequence-length", type=int, default=512, help="tokens of each")
     likelihood.add_argument("--sigma-levels", type=int, default=24, help="noise levels of a denoising model's curve")
     likelihood.add_argument(
-        "--nll-iterations", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="K", help="of an unrolled model's NLL"
+        "--nll-iterations", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="K",
+        help="of an unrolled model's NLL, and of the bound on that of a denoising chain",
     )
     samples = parser.add_argument_group("samples", "The defaults are the protocol of DiffusionBlocks' paper.")
     samples.add_argument("--prompts", type=int, default=1000, help="held-out prompts, spread evenly over the shards")

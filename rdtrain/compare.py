@@ -40,12 +40,12 @@ class Arm:
     peak_memory_bytes: int
     validation_nll: float
     validation_bits_per_byte: float
-    curve: list[tuple[float, float]]
-    """(training FLOPs, held-out NLL) of each evaluation."""
+    curve: list[tuple[float, float, float]]
+    """(training FLOPs, seconds, held-out NLL) of each evaluation."""
 
 
 def compare(folders: list[Path], output: Path) -> str:
-    """Write report.md, report.json and nll-against-flops.png to `output`; returns the report's text.
+    """Write report.md, report.json, nll-against-flops.png and nll-against-time.png to `output`; returns the report's text.
 
     UserError when a folder holds no run, or a run without an evaluation.
     """
@@ -55,9 +55,9 @@ def compare(folders: list[Path], output: Path) -> str:
         raise UserError(f"two of the runs have the same name ({', '.join(names)}): give each its own run.name")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        plot = output / "nll-against-flops.png"
-        _plot(arms, plot)
-        report = _report(arms, plot.name)
+        _plot(arms, 0, "training FLOPs", output / "nll-against-flops.png")
+        _plot(arms, 1, "training time (s)", output / "nll-against-time.png")
+        report = _report(arms)
         write_atomically(output / "report.json", json.dumps([asdict(arm) for arm in arms], indent=2) + "\n")
         write_atomically(output / "report.md", report)
     except OSError as error:
@@ -100,14 +100,17 @@ def _read_arm(folder: Path) -> Arm:
         peak_memory_bytes=max(record["peak_memory_bytes"] for record in timed),
         validation_nll=last["validation_nll"],
         validation_bits_per_byte=last["validation_bits_per_byte"],
-        curve=[(record["training_flops"], record["validation_nll"]) for record in evaluated],
+        curve=[(record["training_flops"], record["seconds"], record["validation_nll"]) for record in evaluated],
     )
 
 
 def _objective(config: Config) -> str:
     """The objective as the report names it."""
     objective = config.objective
-    if objective.name != "bptt":
+    if objective.name == "diffusion_blocks":
+        changes = [name.replace("_", " ") for name in ("self_conditioning", "chain_states", "core_readout") if getattr(objective, name)]
+        return ", ".join([objective.name, *changes] + [f"{config.model.blocks} blocks"] * (config.model.blocks > 1))
+    if objective.name == "one_pass":
         return objective.name
     last = f" {objective.trained_iterations}" if objective.gradient == "truncated" else ""
     depth = "Poisson depth" if objective.depth == "poisson" else "depth"
@@ -115,7 +118,7 @@ def _objective(config: Config) -> str:
     return f"bptt {objective.gradient}{last}, {depth} {config.model.iterations}{again}"
 
 
-def _report(arms: list[Arm], plot: str) -> str:
+def _report(arms: list[Arm]) -> str:
     rows = [
         ("objective", lambda arm: arm.objective),
         ("learning rate", lambda arm: f"{arm.learning_rate:g}"),
@@ -137,7 +140,8 @@ def _report(arms: list[Arm], plot: str) -> str:
     table = [header, ["---"] * len(header)] + [[label, *map(value, arms)] for label, value in rows]
     text = ["# Comparison", "", _lines(table), ""]
     text += _ratios(arms)
-    text += ["## Held-out NLL against training FLOPs", "", _lines(_curves(arms)), "", f"![held-out NLL against training FLOPs]({plot})", ""]
+    text += ["## Held-out NLL against training FLOPs", "", _lines(_curves(arms)), ""]
+    text += [f"![held-out NLL against training {name}](nll-against-{name.lower()}.png)\n" for name in ("FLOPs", "time")]
     text += [
         "Held-out NLL is taken from pure noise for denoising blocks (one iteration at sigma_max) and after all K iterations for an "
         "unrolled model, never from a noised target. Peak memory is what the process holds above its size at the start on CPU, and "
@@ -162,15 +166,27 @@ def _ratios(arms: list[Arm]) -> list[str]:
             f"{other.name} costs {other.training_flops_per_token / first.training_flops_per_token:.2f} times the training FLOPs a token "
             f"of {first.name}, {first.tokens_per_second / other.tokens_per_second:.2f} times the time a token and "
             f"{other.peak_memory_bytes / max(first.peak_memory_bytes, 1):.2f} times the peak memory. At {budget:.4g} training FLOPs, "
-            f"held-out NLL is {_nll_at(first, budget):.4f} for {first.name} and {_nll_at(other, budget):.4f} for {other.name}.",
+            f"held-out NLL is {_nll_at(first, budget):.4f} for {first.name} and {_nll_at(other, budget):.4f} for {other.name}. "
+            + _race(first, other),
             "",
         ]
     return text
 
 
+def _race(first: Arm, other: Arm) -> str:
+    """How long the first takes to the NLL that the other ends with."""
+    goal = f"the {other.validation_nll:.4f} that {other.name} has after {other.seconds:.1f} s"
+    for (_, seconds, nll), (_, next_seconds, next_nll) in zip(first.curve, first.curve[1:]):
+        if next_nll <= other.validation_nll:
+            reached = float(np.interp(-other.validation_nll, (-nll, -next_nll), (seconds, next_seconds)))
+            return f"{first.name} reaches {goal} in {reached:.1f} s, {reached / other.seconds:.3f} of that time."
+    return f"{first.name} does not reach {goal}."
+
+
 def _nll_at(arm: Arm, flops: float) -> float:
     """The arm's curve at a number of training FLOPs, interpolated between its evaluations."""
-    return float(np.interp(flops, *zip(*arm.curve)))
+    budgets, _, nll = zip(*arm.curve)
+    return float(np.interp(flops, budgets, nll))
 
 
 def _curves(arms: list[Arm], points: int = 8) -> list[list[str]]:
@@ -183,7 +199,8 @@ def _curves(arms: list[Arm], points: int = 8) -> list[list[str]]:
     return [header, ["---"] * len(header), *rows]
 
 
-def _plot(arms: list[Arm], path: Path) -> None:
+def _plot(arms: list[Arm], column: int, label: str, path: Path) -> None:
+    """Held-out NLL against a column of the curves."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,8 +208,9 @@ def _plot(arms: list[Arm], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for arm in arms:
-        axes.plot(*zip(*arm.curve), marker="o", markersize=3, label=f"{arm.name} (learning rate {arm.learning_rate:g})")
-    axes.set(xlabel="training FLOPs", ylabel="held-out NLL (nats per token)", title="Held-out NLL against training FLOPs")
+        x, nll = [point[column] for point in arm.curve], [point[-1] for point in arm.curve]
+        axes.plot(x, nll, marker="o", markersize=3, label=f"{arm.name} (learning rate {arm.learning_rate:g})")
+    axes.set(xlabel=label, ylabel="held-out NLL (nats per token)", title=f"Held-out NLL against {label}")
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_suffix(".tmp")

@@ -31,7 +31,7 @@ def perturb():
     def change(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in module.named_parameters():
-            if "norm" in name or name.endswith(".bias") or "modulation" in name:
+            if "norm" in name or name.endswith(".bias") or "modulation" in name or name in ("estimate_adapter.weight", "core_scale"):
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
             elif name.endswith("output.weight"):
                 parameter *= 4

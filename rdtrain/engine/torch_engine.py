@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, first_line
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer
 from ..randomness import SampleRandom
@@ -46,8 +47,12 @@ class TorchEngine(Engine):
         return {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
 
     def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
-        value, _ = self._module(tokens, random)
-        value.backward()
+        """UserError where the model is to be compiled and this machine cannot."""
+        try:
+            value, _ = self._module(tokens, random)
+            value.backward()
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise UserError(f"torch.compile failed ({first_line(error)}): install a C++ compiler, or set engine.compile=false") from error
         self._optimizer.zero_grad()
 
     def gradient_norm(self) -> float:

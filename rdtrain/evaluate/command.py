@@ -18,6 +18,7 @@ from ..data.shards import ShardReader
 from ..errors import UserError
 from ..model.generation import Sampling, TextGenerator
 from ..run_folder import start_facts
+from .chain_likelihood import likelihood_of_chain
 from .diversity import diversity_of
 from .likelihood import cross_entropy_by_sigma, likelihood_by_iterations, measure_likelihood
 from .mauve import Mauve, MauveSettings, require_mauve
@@ -35,7 +36,7 @@ class EvaluateSettings:
     models: exported, run or checkpoint folders. samples: samples files to score, instead of models. shards: held-out text.
     output: folder of the report. skip: parts to leave out, of `likelihood` and `samples`. device: None for CUDA where there is one.
     sequences, sequence_length: of held-out likelihood. sigma_levels: noise levels of the curve against sigma. nll_iterations: the
-    K's of an unrolled model's likelihood. batch: sequences or continuations at a time.
+    K's of an unrolled model's likelihood and of the bound on a denoising chain's. batch: sequences or continuations at a time.
     prompts, prompt_tokens, continuations, new_tokens: what is generated, at each of iterations x temperatures, with `sampling`
     (further fields of Sampling). seed: of prompts' noise, sampling and MAUVE's clusters.
     teacher, mauve_features: folders of the judges. judge_batch: texts that they read at a time.
@@ -170,6 +171,9 @@ def _likelihood(source: Source, generator: TextGenerator, tokens: Tensor, bytes_
         "held_out": asdict(measure_likelihood(model, source.objective(), tokens, bytes_per_token, settings.batch)),
     }
     if source.denoising:
+        record["by_iterations"] = likelihood_of_chain(
+            generator, settings.nll_iterations, tokens, bytes_per_token, settings.batch, source.name
+        )
         record["cross_entropy_by_sigma"] = cross_entropy_by_sigma(generator, tokens, settings.batch, settings.sigma_levels, source.name)
     else:
         iterations = [k for k in settings.nll_iterations if source.runs_at(k)]

@@ -6,6 +6,7 @@ gives the token away.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +36,11 @@ def measure_likelihood(model: RecurrentDepthLM, objective: Objective, tokens: Te
     """Held-out likelihood on sequences tokens [N, T + 1], `batch` at a time, with the noise of training's own evaluations."""
     device = model.embedding.weight.device
     rows = held_out_nll(partial(objective.held_out_nll, model), tokens, range(len(tokens)), batch, device)
+    return summary(rows, bytes_per_token)
+
+
+def summary(rows: Iterable[Tensor], bytes_per_token: float) -> HeldOut:
+    """Of the nats [B, T] of so many batches."""
     each = torch.cat([nll.double().mean(1).cpu() for nll in rows])
     nll = each.mean().item()
     error = each.std().item() / math.sqrt(len(each)) if len(each) > 1 else None

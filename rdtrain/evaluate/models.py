@@ -48,6 +48,8 @@ class Source:
     def objective(self, iterations: int | None = None) -> Objective:
         """What says what a likelihood of this model is, at K iterations (as trained where None)."""
         settings, noise = ObjectiveSettings(**self.config["objective"]), NoiseSettings(**self.config["noise"])
+        if settings.name == "bptt":  # its gradient and depth in training have no bearing on a likelihood, nor on which K are possible
+            settings = ObjectiveSettings("bptt", gradient="full", depth="fixed")
         return build_objective(settings, noise, iterations or self.iterations, self.config["model"]["blocks"])
 
     def tokenizer(self) -> Tokenizer:

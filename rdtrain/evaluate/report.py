@@ -38,11 +38,17 @@ def _likelihood(models: list[dict], settings: dict) -> list[str]:
     header = ["model", "distribution", "parameters", "trained tokens", "NLL (nats/token)", "bits per byte", "dtype"]
     text = ["## Held-out likelihood", "", *_table(header, rows), ""]
     text += [f"{settings['shards']}: at most {settings['sequences']} sequences of {settings['sequence_length']} tokens.", ""]
-    unrolled = [model for model in models if not model["denoising"]]
-    if unrolled:
-        curves = [{point["iterations"]: point["nll"] for point in model["by_iterations"]} for model in unrolled]
-        rows = [[str(k), *(_number(curve.get(k)) for curve in curves)] for k in sorted(set().union(*curves))]
-        text += ["### NLL against K, unrolled models", "", *_table(["K", *(model["model"] for model in unrolled)], rows), ""]
+    kinds = (
+        (False, "NLL against K, unrolled models", ""),
+        (True, "Bound on the NLL of K ancestral iterations, denoising models", "K iterations earn their cost in likelihood where "
+         "this lies below K = 1, which is the held-out NLL."),
+    )
+    for denoising, title, note in kinds:
+        chosen = [model for model in models if model["denoising"] == denoising]
+        if chosen:
+            curves = [{point["iterations"]: point["nll"] for point in model["by_iterations"]} for model in chosen]
+            rows = [[str(k), *(_number(curve.get(k)) for curve in curves)] for k in sorted(set().union(*curves))]
+            text += [f"### {title}", "", *_table(["K", *(model["model"] for model in chosen)], rows), ""] + [note, ""] * bool(note)
     denoising = [model for model in models if model["denoising"]]
     if denoising:
         text += ["### Cross-entropy against the noise level, denoising models", ""]

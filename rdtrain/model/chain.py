@@ -54,17 +54,19 @@ class DenoisingChain:
                 state = self._states[k] = _append(self._states[k], state)
             level = torch.full((ids.shape[0], 1), sigma, device=ids.device)
             block = model.config.block_of(k, len(self._steps))
-            state, conditioning = denoise_state(model, state, e, level, self._sigma_data, cache and cache.core[k], previous, block)
+            state, conditioning, evidence = denoise_state(
+                model, state, e, level, self._sigma_data, cache and cache.core[k], previous, block
+            )
             last, from_core = k + 1 == len(self._steps), self._sampling.chain_readout == "core"
             if from_core and not last:
                 read = model.readout_from_core
             else:
                 slots = cache and cache.coda[0 if from_core else k]
                 state, read = model.coda(state, conditioning, slots), model.head
-            logits = read(state[:, -1:])
+            logits = read(state[:, -1:], evidence if evidence is None else evidence[:, -1:])
             if not last:
                 if model.config.self_conditioning:  # every position is told, as in training
-                    previous = read(state).float().softmax(-1) @ self._unit_embeddings
+                    previous = read(state, evidence).float().softmax(-1) @ self._unit_embeddings
                 z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
         return logits[:, 0]
 
@@ -92,7 +94,7 @@ class UnrolledChain:
         e = model.prelude(ids, cache and cache.prelude)
         for k in range(self._iterations):
             state = model.iterate(state, e, None, cache and cache.core[k])
-        return model.readout(state, None, cache and cache.coda[0], last_only=True)[:, 0]
+        return model.head(model.coda(state, None, cache and cache.coda[0])[:, -1])
 
 
 def _append(before: Tensor | None, new: Tensor) -> Tensor:

@@ -13,22 +13,25 @@ from .recurrent import RecurrentDepthLM
 
 
 def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_data: float,
-                  cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0) -> tuple[Tensor, Tensor]:
-    """One iteration before its readout: z and e [B, T, d], noise levels sigma [B, 1] or [B, T] (fp32) -> (state, conditioning).
+                  cache: list[CacheSlot] | None = None, previous: Tensor | None = None,
+                  block: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One iteration before its readout: z, e [B, T, d], noise levels sigma [B, 1] or [B, T] (fp32) -> (state, conditioning, evidence).
 
-    The state [B, T, d] is the preconditioned estimate of the target in units of its standard deviation; it and the conditioning are
-    what the model's `readout`, `coda` and `losses` take. sigma_data: the standard deviation of the target's components that the scalings
-    assume. previous: the estimate of the iteration before, as `iterate` takes it. block: the one whose noise levels these are.
+    The state [B, T, d] is the preconditioned estimate of the target in units of its standard deviation; the three are what the model's
+    `readout` and `losses` take, evidence being None for a model without posterior_readout. sigma_data: the standard deviation of the
+    target's components that the scalings assume. previous: the estimate of the iteration before, as `iterate` takes it. block: the one
+    whose noise levels these are.
     """
     scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
     conditioning = model.condition(scale.c_noise.squeeze(-1))
     hidden = model.iterate(scale.c_in * z, e, conditioning, cache, previous, block)
-    return (scale.c_skip * z + scale.c_out * hidden.float()) / sigma_data, conditioning
+    evidence = (z / sigma.unsqueeze(-1).square()).detach() if model.config.posterior_readout else None
+    return (scale.c_skip * z + scale.c_out * hidden.float()) / sigma_data, conditioning, evidence
 
 
 def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_data: float,
             core_cache: list[CacheSlot] | None = None, coda_cache: list[CacheSlot] | None = None,
             previous: Tensor | None = None, block: int = 0) -> Tensor:
     """Logits [B, T, V] of the next tokens: `denoise_state` and the readout."""
-    state, conditioning = denoise_state(model, z, e, sigma, sigma_data, core_cache, previous, block)
-    return model.readout(state, conditioning, coda_cache)
+    state, conditioning, evidence = denoise_state(model, z, e, sigma, sigma_data, core_cache, previous, block)
+    return model.readout(state, conditioning, coda_cache, evidence)

@@ -135,12 +135,14 @@ class NoiseSchedule:
             raise ValueError("noise levels of equal information need the curve that is learned in training: give a model that has one")
         return self.curve.equal_edges(iterations)
 
-    def interval(self, k: int, iterations: int) -> tuple[float, float]:
-        """(low, high) of iteration k in 1..K, widened by the overlap and clipped to the ends: what it is trained on."""
+    def intervals(self, iterations: int) -> list[tuple[float, float]]:
+        """(low, high) of each iteration, widened by the overlap and clipped to the ends: what it is trained on."""
         edges = self.edges(iterations)
-        low, high = edges[k], edges[k - 1]
-        widening = (high / low) ** self.settings.overlap
-        return max(low / widening, edges[-1]), min(high * widening, edges[0])
+        widened = []
+        for high, low in zip(edges, edges[1:]):
+            widening = (high / low) ** self.settings.overlap
+            widened.append((max(low / widening, edges[-1]), min(high * widening, edges[0])))
+        return widened
 
     def levels(self, iterations: int) -> list[float]:
         """K + 1 levels of the Euler chain: iteration k runs at levels[k - 1], the top of its interval, and the last step ends at 0."""

@@ -82,6 +82,7 @@ class ModelConfig(ModelSettings):
 
     vocab_size: rows of the embedding.
     noise_conditioning: whether core and coda layers take a noise level.
+    posterior_readout: whether the logits of a denoising model are those of a prior, to which the evidence of its state is added.
     self_conditioning: whether an iteration takes the expected embedding that the one before it ended with.
     core_readout: whether logits can also be read straight from the core's state.
     initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
@@ -89,6 +90,7 @@ class ModelConfig(ModelSettings):
 
     vocab_size: int = 0
     noise_conditioning: bool = False
+    posterior_readout: bool = False
     self_conditioning: bool = False
     core_readout: bool = False
     initial_state: Literal["normal", "zero"] = "normal"
@@ -211,23 +213,31 @@ class RecurrentDepthLM(nn.Module):
         x = self.final_norm(state.to(self.embedding.weight.dtype))
         return self.final_norm(run_layers(self.config, self.coda_layers, x, conditioning, cache))
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token."""
-        return F.linear(hidden, self.embedding.weight)
+    def head(self, hidden: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token.
+
+        evidence: z / sigma^2 [B, T, d] of a denoising model with posterior_readout. Its product with the unit embeddings, which is
+        ln N(z; y_x, sigma^2) but for what all tokens x share, is added, so that by Bayes' rule the rest need only be a prior.
+        """
+        weight = self.embedding.weight
+        logits = F.linear(hidden, weight)
+        if evidence is None:
+            return logits
+        # Known, not learned: no gradient. Its size is up to 1 / sigma^2, so the sum is fp32 whatever the operands are.
+        return logits.float() + F.linear(evidence.to(weight.dtype), F.normalize(weight.detach().float(), dim=-1).to(weight.dtype)).float()
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
-                last_only: bool = False) -> Tensor:
-        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token; last_only: [B, 1, V], of the last position alone."""
-        hidden = self.coda(state, conditioning, cache)
-        return self.head(hidden[:, -1:] if last_only else hidden)
+                evidence: Tensor | None = None) -> Tensor:
+        """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
+        return self.head(self.coda(state, conditioning, cache), evidence)
 
-    def readout_from_core(self, state: Tensor) -> Tensor:
-        """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, the tied embedding, a learned scale."""
-        return self.core_scale * self.head(self.core_norm(state.to(self.embedding.weight.dtype)))
+    def readout_from_core(self, state: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, a learned scale, the tied embedding."""
+        return self.head(self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype)), evidence)
 
-    def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None) -> Tensor:
+    def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of the readout at each position: state [B, T, d], targets [B, T] -> fp32 [B, T]."""
-        return token_losses(self.readout(state, conditioning), targets)
+        return token_losses(self.readout(state, conditioning, None, evidence), targets)
 
     def compile_parts(self) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
@@ -245,8 +255,8 @@ class RecurrentDepthLM(nn.Module):
         return F.normalize(self.embedding(ids).float(), dim=-1)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
-        """softmax(logits) @ unit embeddings, in fp32: [..., V] -> [..., d]."""
-        return logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)
+        """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on."""
+        return (logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)).float()
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ class ObjectiveSettings:
 
     name: `diffusion_blocks` (each iteration a denoiser, one pass), `bptt` (backpropagation through unrolled iterations) or `one_pass`
         (an ordinary language model, the control without recurrence: model.iterations=1).
+    posterior_readout: diffusion_blocks only: the logits of an iteration are the network's plus the log-likelihood of its noised state, so
+        that by Bayes' rule the network's alone need only be a prior.
     self_conditioning: diffusion_blocks only: an iteration also takes the estimate of the one before it (arXiv 2208.04202).
     chain_states: diffusion_blocks only: an iteration starts from the state that the model's own iteration before led to, not from a
         noised target. For both, every second sample goes through that iteration first, without gradient.
@@ -30,6 +32,7 @@ class ObjectiveSettings:
     """
 
     name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
+    posterior_readout: bool = True
     self_conditioning: bool = False
     chain_states: bool = False
     core_readout: bool = False
@@ -44,7 +47,7 @@ class ObjectiveSettings:
             raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
         changed = [field.name for field in fields(self) if field.name != "name" and getattr(self, field.name) != field.default]
         for name in changed:
-            owner = "diffusion_blocks" if name in ("self_conditioning", "chain_states", "core_readout") else "bptt"
+            owner = "diffusion_blocks" if name in ("posterior_readout", "self_conditioning", "chain_states", "core_readout") else "bptt"
             if self.name != owner:
                 raise ValueError(f"{name} belongs to name={owner}, and name is {self.name}: leave it out")
         if "trained_iterations" in changed and self.gradient != "truncated":

@@ -40,9 +40,8 @@ class DiffusionBlocks(Objective):
         self.core_readout = objective.core_readout
         if self.self_conditioning or self.chain_states:
             self.smallest_micro_batch = 2  # every second sample goes through an earlier iteration
-        self.model_fields = {
-            "noise_conditioning": True, "self_conditioning": self.self_conditioning, "core_readout": self.core_readout
-        }
+        features = ("posterior_readout", "self_conditioning", "core_readout")
+        self.model_fields = {"noise_conditioning": True} | {name: getattr(objective, name) for name in features}
         self.iterations = iterations
         self.blocks = blocks
         self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
@@ -51,7 +50,7 @@ class DiffusionBlocks(Objective):
     def _divide(self) -> None:
         """Divide the noise levels into iterations, by the curve as it is now."""
         self.noise = NoiseSchedule(self.settings, self.information.curve)
-        self._intervals = torch.tensor([self.noise.interval(k, self.iterations) for k in range(1, self.iterations + 1)])
+        self._intervals = torch.tensor(self.noise.intervals(self.iterations))
 
     @property
     def block_probabilities(self) -> list[float]:
@@ -83,13 +82,20 @@ class DiffusionBlocks(Objective):
         iteration, sigma = self.draw(random, targets.shape[1])
         block, sigma_data = self.active_block(random) or 0, self.noise.sigma_data(model.config.width)
         y, eps = model.unit_embedding(targets), random.normal(targets.shape[1], model.config.width)
-        z, e, previous = y + sigma.unsqueeze(-1) * eps, model.prelude(inputs), None
-        if self.self_conditioning or self.chain_states:
-            rows = torch.tensor([row for row, index in enumerate(random.indices) if index % 2 == 0], device=z.device)
-            if len(rows):
-                z, previous = self._after_earlier_iteration(model, z, y, eps, e, iteration, sigma, rows, block)
-        state, conditioning = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
-        losses = model.losses(state, targets, conditioning)
+        z, e = y + sigma.unsqueeze(-1) * eps, model.prelude(inputs)
+        # Zeros, and not None, where no row is told anything: an engine of several ranks needs the same gradients on each.
+        previous = torch.zeros_like(y) if self.self_conditioning else None
+        rows = [row for row, index in enumerate(random.indices) if index % 2 == 0]
+        if rows and (self.self_conditioning or self.chain_states):
+            rows = torch.tensor(rows, device=z.device)
+            parts = (part[rows] for part in (y, eps, e, iteration, sigma))
+            led_to, estimate = self._earlier_iteration(model, *parts, block)
+            if self.chain_states:
+                z = z.index_copy(0, rows, led_to)
+            if self.self_conditioning:
+                previous = previous.index_copy(0, rows, estimate)
+        state, conditioning, evidence = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
+        losses = model.losses(state, targets, conditioning, evidence)
         self.information.add(sigma, losses)
         weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses
         by_level = losses.detach().sum_to_size(sigma.shape).flatten()
@@ -97,26 +103,21 @@ class DiffusionBlocks(Objective):
         by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
         value = weighted.mean()
         if self.core_readout:
-            value = value + token_losses(model.readout_from_core(state), targets).mean()
+            value = value + token_losses(model.readout_from_core(state, evidence), targets).mean()
         return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration})
 
     @torch.no_grad()
-    def _after_earlier_iteration(self, model: RecurrentDepthLM, z: Tensor, y: Tensor, eps: Tensor, e: Tensor, iteration: Tensor,
-                                 sigma: Tensor, rows: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
-        """Run `rows` through one iteration first: the states z to start from, and what each sequence is told of it (zeros: nothing).
+    def _earlier_iteration(self, model: RecurrentDepthLM, y: Tensor, eps: Tensor, e: Tensor, iteration: Tensor, sigma: Tensor,
+                           block: int) -> tuple[Tensor, Tensor]:
+        """Run rows through one iteration first: the states at sigma that it leads to, and its estimates of the target, [B, T, d] both.
 
         Self-conditioning alone looks twice at the same state; with chain_states the earlier iteration runs at its own level, and one
         Euler step leads from there to sigma.
         """
-        sigma_data, level = self.noise.sigma_data(model.config.width), sigma[rows]
-        before = self._level_before(iteration[rows], level, block) if self.chain_states else level
-        start = y[rows] + before.unsqueeze(-1) * eps[rows]
-        state, conditioning = denoise_state(model, start, e[rows], before, sigma_data, block=block)
-        estimate = model.expected_embedding(model.head(model.coda(state, conditioning)))
-        if self.chain_states:
-            z = z.index_copy(0, rows, euler_step(start, estimate, before.unsqueeze(-1), level.unsqueeze(-1)))
-        told = torch.zeros_like(y).index_copy(0, rows, estimate) if self.self_conditioning else None
-        return z, told
+        before = self._level_before(iteration, sigma, block) if self.chain_states else sigma
+        start = y + before.unsqueeze(-1) * eps
+        estimate = model.expected_embedding(denoise(model, start, e, before, self.noise.sigma_data(model.config.width), block=block))
+        return euler_step(start, estimate, before.unsqueeze(-1), sigma.unsqueeze(-1)), estimate
 
     def _level_before(self, iteration: Tensor, sigma: Tensor, block: int) -> Tensor:
         """The level at the same place (in ln sigma) of the interval of the iteration before; the same level for a block's first."""
@@ -139,9 +140,11 @@ class DiffusionBlocks(Objective):
         if self.self_conditioning or self.chain_states:  # every second sequence, without gradient, and its expected embedding
             flops += (parts.iterate + parts.readout + condition + parts.head) / 2
         if self.self_conditioning:
-            flops += 3 * 2 * config.width**2
+            flops += 2 * 2 * config.width**2  # what the adapter is given needs no gradient
         if self.core_readout:
             flops += 3 * parts.head
+        if config.posterior_readout:  # one more product with the embeddings for each readout, which has no backward pass
+            flops += parts.head * (1 + self.core_readout + (self.self_conditioning or self.chain_states) / 2)
         return flops
 
     def after_step(self, step: int, world: World) -> None:

@@ -21,6 +21,7 @@ from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import build_objective
 from rdtrain.randomness import SampleRandom
+from rdtrain.train import train
 
 OBJECTIVES = {
     "diffusion_blocks": {"name": "diffusion_blocks"},
@@ -154,3 +155,16 @@ def test_another_number_of_processes_is_refused_at_resume(tiny_config, tmp_path,
     result = deepspeed("--config", path)
     assert result.returncode != 0
     assert "written by 1 ranks and this run has 2" in result.stderr and "start it with 1 processes" in result.stderr
+
+
+def test_ranks_of_which_one_alone_is_told_estimates_train_as_one_process_does(tiny_config, tmp_path, deepspeed):
+    """With micro-batches of one, all even samples are one rank's: only they go through an iteration before theirs."""
+    settings = {
+        "objective": {"self_conditioning": True, "chain_states": True, "core_readout": True}, "schedule": {"steps": 6},
+        "batch": {"global_sequences": 4, "micro_sequences": 1}, "evaluation": {"interval": 6},
+    }
+    assert train(load_config(tiny_config("one", **settings))) == 0
+    result = deepspeed("--config", tiny_config("two", **settings, engine={"name": "deepspeed", "zero_stage": 2}))
+    assert result.returncode == 0, result.stderr
+    for name in ("loss", "gradient_norm"):
+        assert recorded(tmp_path / "two", name) == pytest.approx(recorded(tmp_path / "one", name), rel=1e-4)

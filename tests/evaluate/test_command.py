@@ -18,7 +18,7 @@ SMALL = ("--sequences", 8, "--sequence-length", 16, "--prompts", 4, "--prompt-to
 
 def test_two_runs_are_measured_and_their_samples_scored_again_elsewhere(rdtrain, run, shards, gpt2, tmp_path):
     pytest.importorskip("mauve")
-    runs = [run("blocks"), run("bptt", objective={"name": "bptt", "free_iterations": 3, "trained_iterations": 1})]
+    runs = [run("blocks"), run("bptt", objective={"name": "bptt", "depth": "fixed", "trained_iterations": 3})]
     assert rdtrain("export", runs[1], "--output", tmp_path / "exported").returncode == 0
     output = tmp_path / "report"
     judges = ("--teacher", gpt2, "--mauve-features", runs[1])
@@ -34,6 +34,10 @@ def test_two_runs_are_measured_and_their_samples_scored_again_elsewhere(rdtrain,
         assert model["held_out"]["nll"] == pytest.approx(last["validation_nll"], rel=1e-5)
         assert model["held_out"]["bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=1e-5)
         assert f"**{model['held_out']['nll']:.4f}**" in text
+    # One iteration of the chain is the likelihood again, with other noise and what it costs to call y + sigma_max eps pure noise.
+    assert [point["iterations"] for point in blocks["by_iterations"]] == [1, 4]
+    assert blocks["by_iterations"][0]["nll"] == pytest.approx(blocks["held_out"]["nll"], rel=0.02)
+    assert f"{blocks['by_iterations'][1]['nll']:.4f}" in text
     curve = blocks["cross_entropy_by_sigma"]
     assert [point["sigma"] for point in curve] == pytest.approx([80 * (0.002 / 80) ** (place / 4) for place in range(5)])
     # At sigma_max the target is lost in the noise, so this is the likelihood again, with other noise.

@@ -58,7 +58,7 @@ def test_a_hugging_face_teachers_nll_is_that_of_the_tokens_that_end_in_the_conti
 
 @pytest.mark.parametrize("name", ["diffusion_blocks", "bptt"])
 def test_a_teacher_of_ours_reads_its_own_tokens_as_they_were_written(name, run, passages):
-    folder = run("teacher", objective={"name": name, "free_iterations": 3, "trained_iterations": 1})
+    folder = run("teacher", objective={"name": name})
     source = find_model(folder)
     model = source.load("cpu").model
     scores = load_reference(folder, CPU, head=True).nll(passages, batch=4, description="")

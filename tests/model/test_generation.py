@@ -24,16 +24,33 @@ def tokens(model, iterations, use_cache=True, sampling=Sampling(), length=12, pr
 def test_cached_and_uncached_generation_give_the_same_tokens(build_model, solver, iterations, temperature):
     """solver None: an unrolled model."""
     model, sampling = build_model(noise_conditioning=solver is not None), Sampling(temperature, solver=solver or "euler")
-    cached, uncached = (tokens(model, iterations, use_cache, sampling) for use_cache in (True, False))
+    assert_the_cache_changes_nothing(model, iterations, sampling)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("iterations", [1, 4, 32])
+@pytest.mark.parametrize("self_conditioning, chain_readout", [(True, "coda"), (False, "core"), (True, "core")])
+def test_the_cache_changes_nothing_where_iterations_are_told_estimates_or_read_from_the_core(
+    build_model, solver, iterations, self_conditioning, chain_readout
+):
+    model = build_model(True, self_conditioning=self_conditioning, core_readout=True, blocks=2 if iterations == 4 else 1)
+    assert_the_cache_changes_nothing(model, iterations, Sampling(solver=solver, chain_readout=chain_readout), length=5)
+
+
+def assert_the_cache_changes_nothing(model, iterations, sampling, length=12):
+    cached, uncached = (tokens(model, iterations, use_cache, sampling, length) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
     assert cached.unique().numel() > 2  # not one token for ever, which would agree by chance
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("chain_temperature, chain_top_p", [(1.0, 1.0), (0.6, 0.8)])
-def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(build_model, solver, chain_temperature, chain_top_p):
+@pytest.mark.parametrize("self_conditioning, chain_readout", [(False, "coda"), (True, "coda"), (False, "core"), (True, "core")])
+def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(
+    build_model, solver, chain_temperature, chain_top_p, self_conditioning, chain_readout
+):
     """The whole chain for one prompt, in float64 where the model allows, from the formulas of the paper, of EDM and of Bayes."""
-    model, prompt, iterations = build_model(noise_conditioning=True), PROMPT[:1], 6
+    model, prompt, iterations = build_model(True, self_conditioning=self_conditioning, core_readout=True), PROMPT[:1], 6
     width, length = model.config.width, prompt.shape[1]
     generator = torch.Generator().manual_seed(1)
     eps = torch.randn(1, length, width, generator=generator)
@@ -42,15 +59,21 @@ def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(bu
     edges = NoiseSchedule(NoiseSettings()).edges(iterations)
     sd = 1 / math.sqrt(width)
     e = model.prelude(prompt)
-    last, history = edges[0] * eps[:, -1], []
+    last, history, told = edges[0] * eps[:, -1], [], None
     for k in range(iterations):
         s, s_next = edges[k], edges[k + 1]
         rows = [unit[prompt[0, i + 1]] + s * eps[0, i] for i in range(length - 1)] + [last[0]]
         z = torch.stack(rows).unsqueeze(0)
         condition = model.condition(torch.full((1, 1), math.log(s) / 4))
-        hidden = model.iterate(z / math.sqrt(s**2 + sd**2), e, condition)
+        hidden = model.iterate(z / math.sqrt(s**2 + sd**2), e, condition, previous=told)
         estimate = sd**2 / (s**2 + sd**2) * z + s * sd / math.sqrt(s**2 + sd**2) * hidden
-        logits = model.readout(estimate / sd, condition)[:, -1]
+        logits = model.readout(estimate / sd, condition)
+        if chain_readout == "core" and k < iterations - 1:
+            normed = (estimate / sd).double() / ((estimate / sd).double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            logits = (model.core_scale * (normed * model.core_norm.weight) @ table.double().T).float()
+        if self_conditioning:  # every position is told what it thought of its own target
+            told = torch.stack([(row.softmax(-1)[:, None] * unit).sum(0) for row in logits[0]]).unsqueeze(0)
+        logits = logits[:, -1]
         if k == iterations - 1:
             break
         probability, kept = (logits[0].double() / chain_temperature).softmax(-1), torch.zeros(50, dtype=torch.float64)
@@ -71,10 +94,31 @@ def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(bu
             (before, old), (now, new) = history[-2:]
             denoised = new + (new - old) * (-math.log(s_next) - now) / 2 / (now - before)
         last = (last + (s_next - s) / s * (last - denoised)).float()
-    sampling = Sampling(0.0, solver=solver, chain_temperature=chain_temperature, chain_top_p=chain_top_p)
+    sampling = Sampling(0.0, 0, 1.0, 0.0, solver, chain_temperature, chain_top_p, chain_readout)
     chain = DenoisingChain(model, NoiseSchedule(NoiseSettings()), iterations, sampling, None, torch.Generator().manual_seed(1))
     torch.testing.assert_close(chain(prompt), logits, rtol=1e-3, atol=1e-3)
     assert tokens(model, iterations, sampling=sampling, length=1, prompt=prompt)[0, 0] == logits.argmax()
+
+
+def test_what_is_told_and_where_the_chain_is_read_both_matter(build_model):
+    """Each would change the token distribution, and not by rounding: else the comparisons above would prove nothing."""
+    model = build_model(True, self_conditioning=True, core_readout=True)
+
+    def logits(chain_readout):
+        sampling, generator = Sampling(chain_readout=chain_readout), torch.Generator().manual_seed(1)
+        return DenoisingChain(model, NoiseSchedule(NoiseSettings()), 6, sampling, None, generator)(PROMPT)
+
+    told, told_by_core = logits("coda"), logits("core")
+    torch.nn.init.zeros_(model.estimate_adapter.weight)
+    for first, second in ((told, told_by_core), (told, logits("coda")), (logits("coda"), logits("core"))):
+        assert (first - second).abs().max() > 0.05
+
+
+def test_a_chain_that_reads_from_a_core_without_a_readout_is_refused(build_model):
+    with pytest.raises(ValueError, match="^chain_readout=core needs a model .*objective.core_readout=true: leave it at coda$"):
+        tokens(build_model(True), 4, sampling=Sampling(chain_readout="core"))
+    with pytest.raises(ValueError, match="^chain_readout must be coda or core, and it is head$"):
+        Sampling(chain_readout="head")
 
 
 @pytest.mark.parametrize("partition", ["equi_probability", "uniform", "equal_information"])

@@ -100,14 +100,14 @@ def test_every_interval_without_overlap_holds_the_same_probability(settings):
     settings = NoiseSettings(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max, overlap=0.0)
     schedule, expected = NoiseSchedule(settings), log_truncnorm(settings)
     for k in range(1, iterations + 1):
-        low, high = schedule.interval(k, iterations)
+        low, high = schedule.intervals(iterations)[k - 1]
         assert expected.cdf(math.log(high)) - expected.cdf(math.log(low)) == pytest.approx(1 / iterations, abs=1e-9)
 
 
 @pytest.mark.parametrize("partition", ["equi_probability", "uniform"])
 def test_iteration_one_owns_the_highest_noise_and_the_last_the_lowest(partition):
     schedule = schedule_of(partition)
-    intervals = [schedule.interval(k, 8) for k in range(1, 9)]
+    intervals = schedule.intervals(8)
     assert intervals[0][1] == 80.0 and intervals[-1][0] == 0.002
     for (low, high), (next_low, next_high) in zip(intervals, intervals[1:]):
         assert next_low < low and next_high < high
@@ -118,8 +118,8 @@ def test_overlap_widens_intervals_as_computed_by_hand_and_is_clipped_at_the_ends
     # Symmetric around sigma = 1, so the edges are 16, 1 and 1/16; (16 / 1)^0.25 = 2.
     settings = NoiseSettings(p_mean=0.0, p_std=1.0, sigma_min=1 / 16, sigma_max=16.0, overlap=0.25)
     schedule = NoiseSchedule(settings)
-    assert schedule.interval(1, 2) == pytest.approx((0.5, 16.0))
-    assert schedule.interval(2, 2) == pytest.approx((1 / 16, 2.0))
+    assert schedule.intervals(2)[0] == pytest.approx((0.5, 16.0))
+    assert schedule.intervals(2)[1] == pytest.approx((1 / 16, 2.0))
 
 
 @ALL_SETTINGS
@@ -132,7 +132,7 @@ def test_overlap_follows_the_papers_formula_in_every_interval(settings):
         high, low = edges[k - 1], edges[k]
         factor = (high / low) ** gamma
         expected = (low / factor if k < iterations else settings.sigma_min, high * factor if k > 1 else settings.sigma_max)
-        assert schedule.interval(k, iterations) == pytest.approx(expected, rel=1e-8)
+        assert schedule.intervals(iterations)[k - 1] == pytest.approx(expected, rel=1e-8)
 
 
 @ALL_PARTITIONS
@@ -144,21 +144,21 @@ def test_levels_start_at_sigma_max_fall_strictly_and_end_at_zero(iterations, par
     assert levels[0] == 80.0 and levels[-1] == 0.0
     assert all(level > following for level, following in zip(levels, levels[1:]))
     for k in range(1, iterations + 1):
-        low, high = schedule.interval(k, iterations)
+        low, high = schedule.intervals(iterations)[k - 1]
         assert low < levels[k - 1] <= high, "an iteration runs at a level that it is trained on"
 
 
 @ALL_PARTITIONS
 def test_one_iteration_owns_the_whole_range(partition):
     schedule = schedule_of(partition)
-    assert schedule.interval(1, 1) == (0.002, 80.0)
+    assert schedule.intervals(1)[0] == (0.002, 80.0)
     assert schedule.levels(1) == [80.0, 0.0]
 
 
 def test_uniform_edges_are_evenly_spaced_in_the_logarithm_by_hand():
     schedule = schedule_of("uniform", sigma_min=0.01, sigma_max=100.0, overlap=0.0)
     assert schedule.edges(4) == pytest.approx([100, 10, 1, 0.1, 0.01])
-    assert schedule.interval(2, 4) == pytest.approx((1, 10))
+    assert schedule.intervals(4)[1] == pytest.approx((1, 10))
 
 
 def test_equal_information_without_a_curve_is_refused():

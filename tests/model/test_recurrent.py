@@ -224,11 +224,6 @@ def test_the_head_is_the_embedding_and_trains_it(build_model):
     assert (model.embedding.weight.grad.abs().sum(1) > 0).all(), "through the head alone, and into every row"
 
 
-def test_the_readout_of_the_last_position_alone_is_the_whole_readouts_last(build_model):
-    model, state = build_model(), normal(2, 6, 32)
-    torch.testing.assert_close(model.readout(state, last_only=True), model.readout(state)[:, -1:])
-
-
 def test_unit_embedding_is_the_tokens_embedding_at_length_one(build_model):
     model, ids = build_model(), token_ids(2, 6)
     rows = float64(model.embedding.weight)[ids.numpy()]

@@ -202,7 +202,7 @@ def test_equal_information_divides_by_what_was_learned_every_sixteen_steps_and_g
     assert [whole.noise.levels(K)[k] for k in (1, 2)] == expected
     _, sigma = whole.draw(random_of(range(500)), 8)
     for k in range(K):
-        low, high = whole.noise.interval(k + 1, K)
+        low, high = whole.noise.intervals(K)[k]
         drawn = sigma[whole.draw(random_of(range(500)), 8)[0] == k]
         drawn = drawn[drawn < 80.0]
         assert low <= drawn.min() * (1 + 1e-6) and drawn.max() <= high * (1 + 1e-6)

@@ -18,6 +18,7 @@ from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings
 from rdtrain.objectives.bptt import BackpropagationThroughTime
 from rdtrain.objectives.one_pass import OnePass
 
+TRIALS = ["posterior_readout", "self_conditioning", "chain_states", "core_readout"]
 SHAPES = pytest.mark.parametrize(
     "batch, length, changes",
     [
@@ -116,6 +117,20 @@ def test_training_counts_of_diffusion_blocks_are_exact_but_for_one_gradient_that
     unneeded = 2 * 128 * 128 * levels  # the gradient of the noise embedding's sine and cosine features
     expected = objective.training_flops(model.config, length) * batch * length
     assert expected - unneeded == pytest.approx(actual, rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", [[name] for name in TRIALS] + [TRIALS])
+@pytest.mark.parametrize("level_per", ["sequence", "token"])
+def test_training_counts_with_an_iteration_before_and_a_core_readout_are_exact_but_for_that_gradient(
+    level_per, settings, build_model, random_of
+):
+    """Every second of the four sequences goes through the iteration before."""
+    chosen = ObjectiveSettings(**{"posterior_readout": False} | dict.fromkeys(settings, True))
+    objective = DiffusionBlocks(NoiseSettings(level_per=level_per), 4, chosen)
+    model = build_model(core_layers=3, **objective.model_fields)
+    actual = counted(lambda: objective(model, ids(4, 9), random_of(range(4))).value.backward())
+    unneeded = 2 * 128 * 128 * 4 * (8 if level_per == "token" else 1)
+    assert objective.training_flops(model.config, 8) * 4 * 8 - unneeded == pytest.approx(actual, rel=1e-12)
 
 
 def test_the_unneeded_gradient_is_nothing_at_the_size_of_a_real_run(build_model):

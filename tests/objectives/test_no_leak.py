@@ -8,7 +8,7 @@ import torch
 
 from rdtrain.model.denoiser import denoise
 from rdtrain.model.noise import NoiseSettings
-from rdtrain.objectives import DiffusionBlocks
+from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings
 from rdtrain.objectives.one_pass import OnePass
 
 LENGTH = 8
@@ -61,27 +61,52 @@ def test_the_last_target_and_its_embedding_are_no_part_of_the_held_out_logits(bu
     objective.held_out_nll(model, tokens, random_of(range(6)))
 
 
-@pytest.fixture
-def training_pass(build_model, random_of, monkeypatch):
-    """A function from tokens to (logits, y) of the objective's own training pass, all randomness fixed. y, the clean part of the
-    noised state, can be given instead of being computed from the targets."""
-    model, objective, seen = build_model(True), DiffusionBlocks(NoiseSettings(share_at_sigma_max=0.0), 4), {}
-    unit_embedding, readout = model.unit_embedding, model.readout
+@pytest.fixture(
+    params=[
+        {},
+        {"posterior_readout": False},
+        {"self_conditioning": True},
+        {"chain_states": True},
+        {"self_conditioning": True, "chain_states": True, "core_readout": True},
+        {"self_conditioning": True, "chain_states": True, "level_per": "token"},
+        {"self_conditioning": True, "chain_states": True, "blocks": 2},
+    ],
+    ids=lambda settings: ",".join(settings) or "plain",
+)
+def training_pass(request, build_model, random_of, monkeypatch):
+    """A function from tokens to (logits of all readouts, y) of the objective's own training pass, all randomness fixed. y, the clean
+    part of the noised state, can be given instead of being computed from the targets."""
+    settings = dict(request.param)
+    level_per, blocks = settings.pop("level_per", "sequence"), settings.pop("blocks", 1)
+    noise = NoiseSettings(share_at_sigma_max=0.0, level_per=level_per)
+    objective, seen = DiffusionBlocks(noise, 4, ObjectiveSettings(**settings), blocks), {}
+    model = build_model(blocks=blocks, **objective.model_fields)
+    unit_embedding = model.unit_embedding
 
-    def remember_logits(*args):
-        logits = readout(*args)
-        seen["logits"] = logits.detach()
-        return logits
+    def remember_logits(name):
+        read = getattr(model, name)
+
+        def remember(*args):
+            logits = read(*args)
+            seen.setdefault("logits", []).append(logits.detach())
+            return logits
+
+        return remember
 
     def run(tokens, held_y=None):
         def remember_y(ids):
             seen["y"] = unit_embedding(ids).detach() if held_y is None else held_y
             return seen["y"]
 
-        monkeypatch.setattr(model, "readout", remember_logits)
-        monkeypatch.setattr(model, "unit_embedding", remember_y)
-        objective(model, tokens, random_of(range(6)))
-        return seen["logits"], seen["y"]
+        with monkeypatch.context() as patch:
+            for name in ("readout", "readout_from_core"):
+                patch.setattr(model, name, remember_logits(name))
+            patch.setattr(model, "unit_embedding", remember_y)
+            objective(model, tokens, random_of(range(6)))
+        earlier = objective.self_conditioning or objective.chain_states  # an iteration whose logits are no part of the loss
+        logits = seen.pop("logits")[earlier:]
+        assert len(logits) == 1 + objective.core_readout
+        return torch.cat(logits, dim=-1), seen["y"]
 
     return run
 

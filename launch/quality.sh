@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# The experiments of docs/results/quality.md, a stage at a time, on one GPU. Each run goes on where it stopped when its stage is started
+# again, and what is complete is left alone. rdtrain must be installed (or in PYTHONPATH).
+#
+#   bash launch/quality.sh data TRAIN VALIDATION TEACHER      a tokenizer of 8192 pieces and shards, of three sets of text that share no book
+#   bash launch/quality.sh teacher                            a plain language model of the teacher's books, which will judge samples
+#   bash launch/quality.sh rates STEPS ARM [ARM ...]          each arm at three learning rates, JOBS (3) runs at a time
+#   bash launch/quality.sh ablations STEPS [NAME ...]         ours with one thing changed, at its best rate, JOBS runs at a time
+#   bash launch/quality.sh arms SECONDS SEED ARM [ARM ...]    each arm at its best rate for so many seconds of training, one at a time
+#   bash launch/quality.sh report                             compares all that `arms` has made
+#   bash launch/quality.sh samples RUN [RUN ...] [-- OPTION ...]   `rdtrain evaluate` with the teacher; options are its own
+# ARM: plain, truncated, full, local, paper, ours. FOLDER (runs/quality) is where everything goes; SETTINGS are more overrides for every run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${FOLDER:-runs/quality}
+rates=${RATES:-1e-3 2e-3 3e-3}
+rdtrain() { "${PYTHON:-python3}" -m rdtrain.cli "$@"; }
+
+declare -A arm=(
+    [plain]="objective.name=one_pass model.iterations=1"
+    [truncated]="objective.name=bptt"
+    [full]="objective.name=bptt objective.gradient=full objective.depth=fixed batch.micro_sequences=32"
+    [local]="objective.name=bptt objective.gradient=local"
+    [paper]=""
+    [ours]=""
+)
+declare -A ablation=(
+    [sigma-data-0.5]="noise.sigma_data=0.5"
+    [paper-levels]="noise.p_mean=-1.2"
+    [narrow-levels]="noise.p_std=0.8"
+    [share-0]="noise.share_at_sigma_max=0.0"
+    [share-0.5]="noise.share_at_sigma_max=0.5"
+    [share-0.7]="noise.share_at_sigma_max=0.7"
+    [uniform]="noise.partition=uniform"
+    [equal-information]="noise.partition=equal_information"
+    [level-per-token]="noise.level_per=token"
+    [edm-weight]="noise.weighting=edm"
+    [no-overlap]="noise.overlap=0.0"
+    [8-iterations]="model.iterations=8"
+    [4-blocks]="model.blocks=4"
+    [no-posterior-readout]="objective.posterior_readout=false"
+    [core-readout]="objective.core_readout=true"
+    [self-conditioning]="objective.self_conditioning=true"
+    [chain-states]="objective.chain_states=true"
+)
+
+# run NAME CONFIG OVERRIDE...: one run in $folder/NAME, its output in NAME.log.
+run() {
+    local name=$1 config=configs/$2.yaml; shift 2
+    mkdir -p "$folder/$(dirname "$name")"
+    if ! rdtrain train --config "$config" run.name="$name" run.folder="$folder/$name" data.train="$folder/shards/train" \
+        data.validation="$folder/shards/validation" "$@" ${SETTINGS:-} > "$folder/$name.log" 2>&1; then
+        echo "$name failed: $(tail -n 1 "$folder/$name.log")" >&2
+        return 1
+    fi
+    echo "$(tr '\r' '\n' < "$folder/$name.log" | tail -n 1)"
+}
+config_of() { if [ "$1" = paper ]; then echo paper-70m; else echo 70m; fi; }
+
+# known KIND NAME: stops with the names that there are when this is none of them.
+known() {
+    local -n names=$1
+    [ -n "${names[$2]+there}" ] || { echo "there is no ${1} '$2': choose from ${!names[*]}" >&2; exit 2; }
+}
+
+# in_turn RUN...: a run in the background, as soon as fewer than JOBS are going on; all_done fails when one of them has.
+started=()
+in_turn() {
+    while [ "$(jobs -pr | wc -l)" -ge "${JOBS:-3}" ]; do sleep 1; done
+    run "$@" &
+    started+=($!)
+}
+all_done() { local failed=0 job; for job in "${started[@]}"; do wait "$job" || failed=1; done; return $failed; }
+
+# best ARM: the learning rate with the lowest held-out NLL among those tried, and its median step time.
+best() {
+    "${PYTHON:-python3}" - "$folder/rates" "$1" <<'PYTHON'
+import json, pathlib, statistics, sys
+folder, arm = pathlib.Path(sys.argv[1]), sys.argv[2]
+runs = {}
+for metrics in folder.glob(f"{arm}-[0-9]*/metrics.jsonl"):
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    seconds = [record["step_seconds"] for record in records if "step_seconds" in record]
+    nll = [record["validation_nll"] for record in records if "validation_nll" in record]
+    runs[metrics.parent.name.removeprefix(f"{arm}-")] = nll[-1], statistics.median(seconds[1:] or seconds)
+if not runs:
+    sys.exit(f"no learning rate has been tried for {arm}: start with `bash launch/quality.sh rates STEPS {arm}`")
+rate = min(runs, key=lambda name: runs[name][0])
+print(rate, runs[rate][1])
+PYTHON
+}
+
+stage=${1:-help}; shift || true
+case $stage in
+data)
+    [ $# -eq 3 ] || { echo "give three sets of text: TRAIN VALIDATION TEACHER" >&2; exit 2; }
+    rdtrain tokenizer train "$1" --output "$folder/tokenizer" --vocab-size 8192
+    for part in train validation teacher; do
+        rdtrain shard "$1" --tokenizer "$folder/tokenizer" --output "$folder/shards/$part"; shift
+    done ;;
+teacher)
+    run teacher 70m ${arm[plain]} schedule.steps=1200 data.train="$folder/shards/teacher"
+    rdtrain export "$folder/teacher" --output "$folder/teacher-model" ;;
+rates)
+    steps=$1; shift
+    for name in "$@"; do known arm "$name"; done
+    for name in "$@"; do
+        for rate in $rates; do
+            in_turn "rates/$name-$rate" "$(config_of "$name")" ${arm[$name]} schedule.steps="$steps" optimizer.learning_rate="$rate"
+        done
+    done
+    all_done ;;
+ablations)
+    steps=$1; shift
+    [ $# -gt 0 ] || set -- "${!ablation[@]}"
+    for name in "$@"; do known ablation "$name"; done
+    chosen=$(best ours)
+    read -r rate _ <<< "$chosen"
+    for name in "$@"; do
+        in_turn "ablations/$name" 70m ${ablation[$name]} schedule.steps="$steps" optimizer.learning_rate="$rate"
+    done
+    all_done ;;
+arms)
+    seconds=$1 seed=$2; shift 2
+    for name in "$@"; do known arm "$name"; done
+    for name in "$@"; do
+        chosen=$(best "$name")
+        read -r rate step <<< "$chosen"
+        steps=$(awk "BEGIN { print int($seconds / $step) }")
+        run "arms/$name-$seconds-s-seed-$seed" "$(config_of "$name")" ${arm[$name]} schedule.steps="$steps" run.seed="$seed" \
+            optimizer.learning_rate="$rate" optimizer.learning_rate_source="$folder/rates"
+    done ;;
+report)
+    rdtrain compare "$folder"/arms/ours-*/ $(find "$folder/arms" -mindepth 1 -maxdepth 1 -type d ! -name 'ours-*' | sort) --output "$folder/report" ;;
+samples)
+    runs=()
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do runs+=("$folder/$1"); shift; done
+    [ $# -eq 0 ] || shift
+    rdtrain evaluate "${runs[@]}" --shards "$folder/shards/validation" --teacher "$folder/teacher-model" "$@" ;;
+*)
+    sed -n '2,/^set/p' "$0" | sed '/^set/d; s/^# \{0,1\}//'
+    [ "$stage" = help ] || exit 2 ;;
+esac
