@@ -84,10 +84,11 @@ def _refuse_impossible(config: Config, objective: Objective) -> None:
             f"objective.name={config.objective.name} trains one core for all iterations, and model.blocks is {config.model.blocks}: "
             "set model.blocks=1, or objective.name=diffusion_blocks"
         )
-    if config.batch.micro_sequences < objective.smallest_micro_batch and config.engine.name != "torch":
+    if config.batch.micro_sequences < objective.smallest_micro_batch and config.engine.gathers_weights:
         raise UserError(
             f"batch.micro_sequences={config.batch.micro_sequences} gives some ranks no sample for the earlier iteration of "
-            f"self_conditioning and chain_states: use at least {objective.smallest_micro_batch}, or engine.name=torch"
+            f"self_conditioning and chain_states, for which others would wait: use at least {objective.smallest_micro_batch}, or "
+            "engine.name=deepspeed with zero_stage 0 to 2"
         )
 
 

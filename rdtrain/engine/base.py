@@ -48,6 +48,11 @@ class EngineSettings:
         if self.offload_optimizer and (self.name != "deepspeed" or self.zero_stage == 0):
             raise ValueError("offload_optimizer works with name=deepspeed and zero_stage 1 to 3 alone: use these or leave it off")
 
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether a pass gathers weights from all ranks, so that all must make the same passes."""
+        return self.name == "fsdp" or (self.name == "deepspeed" and self.zero_stage == 3)
+
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the precision means on this device."""
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")

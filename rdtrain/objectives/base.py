@@ -80,7 +80,7 @@ class Objective(ABC):
     """Whether a step runs the core many times over: an engine that shards its weights gathers them once for all of these."""
 
     smallest_micro_batch: int = 1
-    """Sequences that a micro-batch must have for its passes to be the same, and with the same gradients, on every rank."""
+    """Sequences that a micro-batch must have for its passes to be the same on every rank."""
 
     @abstractmethod
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:

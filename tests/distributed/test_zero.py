@@ -38,9 +38,7 @@ def plain_run(path: Path) -> tuple[list[float], list[float], float]:
     objective = build_objective(config.objective, config.noise, config.model.iterations)
     torch.manual_seed(config.run.seed)
     shape = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__}
-    model = RecurrentDepthLM(
-        ModelConfig(**shape, vocab_size=reader.vocab_size, noise_conditioning=config.objective.name == "diffusion_blocks")
-    )
+    model = RecurrentDepthLM(ModelConfig(**shape, vocab_size=reader.vocab_size, **objective.model_fields))
     settings, steps, losses, norms = config.optimizer, config.schedule.steps, [], []
     optimizer = torch.optim.AdamW(
         [
