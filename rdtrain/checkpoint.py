@@ -2,7 +2,7 @@
 
     checkpoints/step-00000200/
       state.json         step, seconds trained, model, objective and its state, tokenizer hash, ranks: what a loader checks first
-      model.safetensors  the weights, once, in the dtype they train in; with the tokenizer, what `rdtrain export` reads
+      model.safetensors  the weights, whole and once; with the tokenizer, what `rdtrain export` reads
       tokenizer.model    the tokenizer of the shards
       engine files       weights and optimizer state as the engine keeps them, a part from each rank
       random-RANK.pt     the rank's torch generators
@@ -74,8 +74,9 @@ def save_checkpoint(run_folder: Path, state: dict, engine: Engine, tokenizer: Pa
         world.barrier()
         engine.save(temporary)
         torch.save(_random_state(world), temporary / f"random-{world.rank}.pt")
+        weights = engine.weights()
         if world.is_main:
-            save_file({name: tensor.contiguous() for name, tensor in engine.model.state_dict().items()}, temporary / "model.safetensors")
+            save_file(weights, temporary / "model.safetensors")
             shutil.copyfile(tokenizer, temporary / "tokenizer.model")
             (temporary / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError

@@ -135,6 +135,10 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of settings; without it the defaults hold")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
     parser.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
+    parser.add_argument(
+        "--print-deepspeed-config", action="store_true",
+        help="print the DeepSpeed config that follows from the settings, for as many ranks as have been started, as JSON, and stop",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; the environment says the same
 
 
@@ -145,12 +149,30 @@ def _train(arguments) -> int:
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return 0
-    from .distributed import leave
+    from .distributed import World, leave
+
+    if arguments.print_deepspeed_config:
+        print(_deepspeed_config(config, World.from_environment()))
+        return 0
     from .train import train
 
     code = train(config)
     leave()
     return code
+
+
+def _deepspeed_config(config, world) -> str:
+    import json
+
+    from .engine import deepspeed_config
+
+    if config.engine.name != "deepspeed":
+        raise UserError(f"engine.name={config.engine.name} has no DeepSpeed config: set engine.name=deepspeed")
+    accumulation = config.batch.accumulation(world.size)
+    values = deepspeed_config(
+        config.engine, config.optimizer, config.batch.micro_sequences, accumulation, world.size, world.device
+    )
+    return json.dumps(values, indent=2)
 
 
 def train_main() -> None:

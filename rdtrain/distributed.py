@@ -3,8 +3,10 @@
 The launchers (`deepspeed`, `torchrun`) describe the world in environment variables; without them a run is a world of one.
 """
 
+import datetime
 import os
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PROCESS_GROUP_MINUTES = 30
+"""How long ranks wait for each other before a run is given up: generous, for a slow save or a first compile."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,28 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+def describe_lone_process() -> None:
+    """Set the variables that a launcher would have set, where there was none: a world of one on a free port."""
+    if "MASTER_ADDR" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def backend(device: torch.device) -> str:
+    """The process group's backend: NCCL on CUDA, gloo on CPU."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def start_process_group(world: World) -> None:
+    """Start the default process group, unless it stands already."""
+    if not dist.is_initialized():
+        describe_lone_process()
+        dist.init_process_group(backend(world.device), timeout=datetime.timedelta(minutes=PROCESS_GROUP_MINUTES))
 
 
 def leave() -> None:

@@ -1,12 +1,12 @@
 """Held-out negative log-likelihood during training.
 
 What a likelihood is, the objective says: for denoising models the distribution of one iteration from pure noise, for unrolled
-models that after all K iterations. The same sequences with the same noise at every evaluation, shared out over the ranks.
+models that after all K iterations. The same sequences with the same noise at every evaluation, shared out over the ranks, which
+all make the same number of passes: where weights are sharded, a pass is a conversation of all ranks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,23 +16,20 @@ from .data.loader import validation_windows
 from .data.shards import ShardReader
 from .distributed import World
 from .engine import Engine
-from .model.recurrent import RecurrentDepthLM
-from .objectives import Objective
 from .randomness import SampleRandom
 
 
 @torch.no_grad()
-def held_out_nll(model: RecurrentDepthLM, objective: Objective, tokens: Tensor, indices: Sequence[int], micro_batch: int,
-                 device: torch.device, autocast: AbstractContextManager) -> Iterator[Tensor]:
+def held_out_nll(nll: Callable[[Tensor, SampleRandom], Tensor], tokens: Tensor, indices: Sequence[int], micro_batch: int,
+                 device: torch.device) -> Iterator[Tensor]:
     """Yield the nats of each predicted token, fp32 [b, T], of so many of the sequences tokens [N, T + 1] at a time.
 
-    indices: N numbers that pick the noise of each sequence, whatever the micro-batch. Runs under `autocast`.
+    nll: an engine's, or an objective's with its model. indices: N numbers that pick the noise of each sequence, whatever the
+    micro-batch.
     """
     for start in range(0, len(indices), micro_batch):
         part = slice(start, start + micro_batch)
-        with autocast:
-            nll = objective.held_out_nll(model, tokens[part].to(device), SampleRandom("validation", indices[part], device))
-        yield nll
+        yield nll(tokens[part].to(device), SampleRandom("validation", indices[part], device))
 
 
 @dataclass
@@ -58,17 +55,21 @@ class Evaluator:
     def __init__(self, reader: ShardReader, sequence_length: int, settings: EvaluationSettings, micro_batch: int, world: World):
         """Raises UserError when the validation shards hold no whole sequence."""
         tokens = validation_windows(reader, sequence_length, settings.sequences)
-        mine = range(world.rank, len(tokens), world.size)
-        self._tokens, self._indices = tokens[mine.start :: mine.step], list(mine)
+        share = math.ceil(len(tokens) / world.size)
+        mine = [min(place * world.size + world.rank, len(tokens) - 1) for place in range(share)]
+        # Where they cannot be shared evenly, some ranks end with the last sequence of all, which is not theirs to count.
+        self._counted = len(range(world.rank, len(tokens), world.size))
+        self._tokens, self._indices = tokens[mine], mine
         self._micro_batch = micro_batch
         self._world = world
         self._bytes_per_token = reader.bytes_per_token
 
-    def __call__(self, engine: Engine, objective: Objective) -> dict[str, float]:
+    def __call__(self, engine: Engine) -> dict[str, float]:
         """{"validation_nll": nats per token, "validation_bits_per_byte": ...}. A collective call."""
         device = self._world.device
-        total = torch.zeros(2, dtype=torch.float64, device=device)
-        for nll in held_out_nll(engine.model, objective, self._tokens, self._indices, self._micro_batch, device, engine.autocast):
+        total, counted = torch.zeros(2, dtype=torch.float64, device=device), self._counted
+        for nll in held_out_nll(engine.held_out_nll, self._tokens, self._indices, self._micro_batch, device):
+            nll, counted = nll[:counted], max(0, counted - len(nll))
             total += torch.stack((nll.double().sum(), torch.tensor(float(nll.numel()), device=device)))
         nll_sum, count = self._world.sum(total).tolist()
         nll = nll_sum / count

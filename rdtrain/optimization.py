@@ -94,10 +94,9 @@ class BlockAdamW(torch.optim.AdamW):
     active_block: int | None = None
     """The block that the next step trains; None trains all."""
 
-    def step(self, closure=None):
-        """One step of the active groups, of those that `param_groups` holds now: ZeRO may show a part of them at a time."""
-        groups = self.param_groups
-        for group in groups:
+    def create_state(self) -> None:
+        """State of step 0 for what `param_groups` holds now and has none."""
+        for group in self.param_groups:
             for parameter in group["params"]:
                 if not self.state[parameter]:
                     step_device = parameter.device if group["fused"] else "cpu"  # where torch's own initialisation has it
@@ -106,6 +105,11 @@ class BlockAdamW(torch.optim.AdamW):
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+    def step(self, closure=None):
+        """One step of the active groups, of those that `param_groups` holds now: ZeRO may show a part of them at a time."""
+        self.create_state()
+        groups = self.param_groups
         active = (None, self.active_block)
         self.param_groups = [group for group in groups if self.active_block is None or group["block"] in active]
         try:

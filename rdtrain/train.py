@@ -57,8 +57,7 @@ class Plan:
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
         objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
-        if config.model.blocks > 1:
-            _refuse_untied_blocks(config, objective)
+        _refuse_impossible(config, objective)
         model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_fields)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
@@ -78,17 +77,18 @@ class Plan:
         )
 
 
-def _refuse_untied_blocks(config: Config, objective: Objective) -> None:
-    """UserError where the objective, or the engine as it is set, cannot train one block and leave the others as they are."""
-    if not objective.untied_blocks:
+def _refuse_impossible(config: Config, objective: Objective) -> None:
+    """UserError where the objective cannot train one block and leave the others, or the ranks' micro-batches would go separate ways."""
+    if config.model.blocks > 1 and not objective.untied_blocks:
         raise UserError(
             f"objective.name={config.objective.name} trains one core for all iterations, and model.blocks is {config.model.blocks}: "
             "set model.blocks=1, or objective.name=diffusion_blocks"
         )
-    if not config.engine.keeps_idle_blocks:
+    if config.batch.micro_sequences < objective.smallest_micro_batch and config.engine.gathers_weights:
         raise UserError(
-            f"engine.name={config.engine.name} with zero_stage={config.engine.zero_stage} would change blocks that a step does not train, "
-            f"and model.blocks is {config.model.blocks}: use engine.name=deepspeed with zero_stage 1 or 2, or engine.name=torch"
+            f"batch.micro_sequences={config.batch.micro_sequences} gives some ranks no sample for the earlier iteration of "
+            f"self_conditioning and chain_states, for which others would wait: use at least {objective.smallest_micro_batch}, or "
+            "engine.name=deepspeed with zero_stage 0 to 2"
         )
 
 
@@ -160,7 +160,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
     batch, schedule = config.batch, config.schedule
     logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world, resume_step=step)
     if step == 0:
-        logger.log({"step": 0, "tokens": 0, "training_flops": 0.0, "seconds": 0.0} | plan.evaluator(engine, plan.objective))
+        logger.log({"step": 0, "tokens": 0, "training_flops": 0.0, "seconds": 0.0} | plan.evaluator(engine))
     sums, logged_step, logged_seconds = MetricSums(), step, seconds
     progress = tqdm(total=plan.total_steps, initial=step, desc=config.run.name, unit="step", disable=not world.is_main, mininterval=1)
     with closing(logger), progress, stop_signals(world) as stop_agreed:
@@ -211,7 +211,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
                 }
                 if evaluate:
-                    record |= plan.evaluator(engine, plan.objective)
+                    record |= plan.evaluator(engine)
                     progress.set_postfix_str(f"loss {means['loss']:.3f}, held-out NLL {record['validation_nll']:.3f}")
                 logger.log(record)
             if save:

@@ -171,6 +171,33 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(tiny_config, rdtrain, r
     refused(rdtrain("train", "--config", tiny_config(batch={"global_sequences": 7})), "batch.global_sequences=7")
 
 
+def test_fsdp_in_a_world_of_one_is_plain_pytorch_and_resumes_bit_for_bit(tiny_config, tmp_path, rdtrain):
+    for name in ("torch", "fsdp"):
+        assert rdtrain("train", "--config", tiny_config(name, engine={"name": name})).returncode == 0
+    assert losses(tmp_path / "fsdp") == losses(tmp_path / "torch")
+    shutil.rmtree(tmp_path / "fsdp/checkpoints/step-00000008")
+    assert rdtrain("train", "--config", tmp_path / "fsdp.yaml").returncode == 0
+    assert losses(tmp_path / "fsdp") == losses(tmp_path / "torch")
+    torch, fsdp = (load_file(tmp_path / name / "checkpoints/step-00000008/model.safetensors") for name in ("torch", "fsdp"))
+    assert torch.keys() == fsdp.keys() and all(torch[name].equal(fsdp[name]) for name in torch)
+
+
+def test_a_micro_batch_without_an_earlier_iteration_is_refused_where_ranks_must_agree(tiny_config, rdtrain, refused):
+    """Of one sequence a micro-batch, those of odd samples have no earlier iteration: ZeRO-3 and FSDP would wait for it for ever."""
+    config = tiny_config(objective={"name": "diffusion_blocks", "self_conditioning": True}, batch={"micro_sequences": 1})
+    refused(rdtrain("train", "--config", config, "engine.name=fsdp"), "batch.micro_sequences=1", "use at least 2")
+
+
+def test_the_deepspeed_config_is_printed(tiny_config, rdtrain, refused):
+    config = tiny_config(engine={"name": "deepspeed", "zero_stage": 3, "offload_optimizer": True})
+    result = rdtrain("train", "--config", config, "--print-deepspeed-config", "optimizer.gradient_clipping=0.5")
+    values = json.loads(result.stdout)
+    assert (values["gradient_clipping"], values["train_batch_size"], values["zero_optimization"]["stage"]) == (0.5, 8, 3)
+    assert values["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    refused(rdtrain("train", "--config", config, "engine.name=torch", "engine.offload_optimizer=false", "--print-deepspeed-config"),
+            "engine.name=torch has no DeepSpeed config")
+
+
 def test_the_torch_engine_refuses_several_processes(tiny_config, deepspeed, refused):
     result = deepspeed("--config", tiny_config())
     assert result.returncode != 0 and "engine.name=torch runs in one process" in result.stderr

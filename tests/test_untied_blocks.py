@@ -2,14 +2,11 @@
 
 import shutil
 
-import pytest
 from safetensors.torch import load_file
 
 from rdtrain.config import load_config
-from rdtrain.distributed import World
-from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
-from rdtrain.train import Plan, train
+from rdtrain.train import train
 
 
 def test_four_blocks_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp_path, rdtrain):
@@ -47,13 +44,3 @@ def test_blocks_that_cannot_be_are_refused_before_any_work(tiny_config, tmp_path
     config = tiny_config(objective={"name": "bptt", "trained_iterations": 1}, model={"blocks": 2})
     refused(rdtrain("train", "--config", config), "objective.name=bptt trains one core", "model.blocks is 2", "diffusion_blocks")
     assert not (tmp_path / "run").exists()
-
-
-def test_an_engine_that_is_not_known_to_leave_idle_blocks_alone_is_refused(tiny_config):
-    config = load_config(tiny_config(model={"blocks": 2}, engine={"name": "deepspeed"}))
-    Plan.make(config, World.from_environment())
-    config.engine.zero_stage = 3  # it would apply an idle block's last gradient again
-    with pytest.raises(UserError, match="zero_stage=3 would change blocks .*use engine.name=deepspeed with zero_stage 1 or 2"):
-        Plan.make(config, World.from_environment())
-    config.model.blocks = 1
-    Plan.make(config, World.from_environment())

@@ -1,13 +1,16 @@
 """Engines by name."""
 
-from ..distributed import World
+import torch
+
+from ..distributed import World, start_process_group
 from ..errors import UserError
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Objective
 from ..optimization import OptimizerSettings
-from .base import Engine, EngineSettings
+from .base import Engine, EngineSettings, TrainingModule
+from .deepspeed_config import deepspeed_config
 
-__all__ = ["Engine", "EngineSettings", "build_engine", "start_processes"]
+__all__ = ["Engine", "EngineSettings", "build_engine", "deepspeed_config", "start_processes"]
 
 
 def start_processes(settings: EngineSettings, world: World) -> None:
@@ -16,20 +19,33 @@ def start_processes(settings: EngineSettings, world: World) -> None:
         from .deepspeed_engine import initialise_distributed
 
         initialise_distributed(world)
+    elif settings.name == "fsdp":
+        start_process_group(world)
     elif world.size > 1:
-        raise UserError(f"engine.name=torch runs in one process, and there are {world.size}: use engine.name=deepspeed")
+        raise UserError(
+            f"engine.name=torch runs in one process, and there are {world.size}: use engine.name=deepspeed or engine.name=fsdp"
+        )
 
 
 def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: Objective, optimizer: OptimizerSettings,
                  micro_batch: int, accumulation: int, world: World) -> Engine:
     """The engine that the settings name, around a model and its objective; after `start_processes`."""
     dtype = settings.dtype(world.device)
-    if settings.name == "deepspeed":
-        from .deepspeed_engine import DeepSpeedEngine, deepspeed_config
+    model = model.to(world.device)
+    if settings.name == "fsdp":
+        from .fsdp_engine import FSDPEngine
 
-        config = deepspeed_config(optimizer, settings.zero_stage, micro_batch, accumulation, world.size, dtype)
-        return DeepSpeedEngine(model, objective, optimizer, config, world)
+        return FSDPEngine(TrainingModule(model, objective), optimizer, accumulation, world, dtype)
+
+    if settings.name == "deepspeed":
+        from .deepspeed_engine import DeepSpeedEngine
+
+        config = deepspeed_config(settings, optimizer, micro_batch, accumulation, world.size, world.device)
+        autocast = dtype if settings.zero_stage == 0 else torch.float32
+        return DeepSpeedEngine(TrainingModule(model, objective, autocast), optimizer, config)
 
     from .torch_engine import TorchEngine
 
-    return TorchEngine(model, objective, optimizer, accumulation, world.device, dtype, settings.compile)
+    if settings.compile:
+        model.compile_parts()
+    return TorchEngine(TrainingModule(model, objective, dtype), optimizer, accumulation)

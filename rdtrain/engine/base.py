@@ -6,7 +6,6 @@ setting, and the losses do not depend on it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,27 +25,33 @@ MicroBatch = tuple[Tensor, SampleRandom]
 class EngineSettings:
     """How the model is run and sharded.
 
-    name: `deepspeed` (any number of ranks) or `torch` (one process of plain PyTorch, the reference).
-    zero_stage: deepspeed only: 1 shards the optimizer state, 2 the gradients as well.
+    name: `deepspeed` (ZeRO, any number of ranks), `fsdp` (torch's fully_shard, any number of ranks) or `torch` (one process of plain
+        PyTorch, the reference).
+    zero_stage: deepspeed only: 0 shards nothing, 1 the optimizer state, 2 the gradients as well, 3 the weights as well, as fsdp does.
+    offload_optimizer: deepspeed with zero_stage 1 to 3 only: optimizer state and master weights in the memory of the CPU, which then
+        makes the optimizer's step.
     compile: torch only: compile prelude, core, coda and loss with torch.compile before training starts.
-    precision: `bf16` (fp32 master weights), `fp32`, or `auto`: bf16 on CUDA and fp32 on CPU.
+    precision: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on CPU. The optimizer works in fp32 in any case. In bf16, ZeRO 1 to 3 and
+        fsdp run bf16 copies of the fp32 weights; torch and ZeRO 0 run the fp32 weights under torch.autocast.
     """
 
-    name: Literal["deepspeed", "torch"] = "deepspeed"
-    zero_stage: Literal[1, 2] = 1
+    name: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
     compile: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def __post_init__(self):
-        """ValueError for an engine that cannot compile."""
+        """ValueError for an engine that cannot compile, or has no optimizer state of its own to move."""
         if self.compile and self.name != "torch":
             raise ValueError("compile works with the torch engine alone: use name=torch or leave compile off")
+        if self.offload_optimizer and (self.name != "deepspeed" or self.zero_stage == 0):
+            raise ValueError("offload_optimizer works with name=deepspeed and zero_stage 1 to 3 alone: use these or leave it off")
 
     @property
-    def keeps_idle_blocks(self) -> bool:
-        """Whether a block that is not trained stays as it is to the bit, weights and optimizer state: tests/distributed/test_blocks.py
-        holds what is named here to it."""
-        return self.name == "torch" or (self.name == "deepspeed" and self.zero_stage in (1, 2))
+    def gathers_weights(self) -> bool:
+        """Whether a pass gathers weights from all ranks, so that all must make the same passes."""
+        return self.name == "fsdp" or (self.name == "deepspeed" and self.zero_stage == 3)
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the precision means on this device."""
@@ -55,37 +60,48 @@ class EngineSettings:
 
 
 class TrainingModule(nn.Module):
-    """Model and objective as one module whose forward is the training loss, so that an engine's hooks see every pass."""
+    """Model and objective as one module with all passes behind its forward, so that an engine's hooks see every one."""
 
-    def __init__(self, model: RecurrentDepthLM, objective: Objective):
+    def __init__(self, model: RecurrentDepthLM, objective: Objective, autocast: torch.dtype = torch.float32):
+        """autocast: what torch.autocast computes in; fp32 for none of it."""
         super().__init__()
         self.model = model
         self.objective = objective
+        self._autocast = torch.autocast(model.embedding.weight.device.type, autocast, enabled=autocast != torch.float32)
 
-    def forward(self, tokens: Tensor, random: SampleRandom) -> tuple[Tensor, Metrics]:
-        """The parts of a Loss, as a plain tuple: engines look for tensors in what comes out, and do not look into other classes."""
-        loss = self.objective(self.model, tokens, random)
-        return loss.value, loss.metrics
+    def forward(self, tokens: Tensor, random: SampleRandom, held_out: bool = False) -> tuple[Tensor, Metrics] | Tensor:
+        """The parts of a training Loss, as a plain tuple: engines look for tensors in what comes out, and do not look into other
+        classes. With held_out the negative log-likelihood of each predicted token, fp32 [B, T]."""
+        with self._autocast:
+            if held_out:
+                return self.objective.held_out_nll(self.model, tokens, random)
+            loss = self.objective(self.model, tokens, random)
+            return loss.value, loss.metrics
 
 
 class Engine(ABC):
-    """Weights, gradients and optimizer of one rank."""
+    """Weights, gradients and optimizer of one rank. What is called collective, all ranks call, and equally often."""
 
     model: RecurrentDepthLM
-    """The live model, for evaluation and for its weights."""
+    """The live model; a sharding engine leaves only a part of its weights here."""
 
     facts: dict = {}
     """What a record of the run should say of the engine, for example the config that it was given."""
 
-    autocast: AbstractContextManager = nullcontext()
-    """What a forward pass outside `train_step` runs under."""
-
     @abstractmethod
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
-        """One optimizer step over this rank's micro-batches; all are weighted alike. Returns their losses.
+        """One optimizer step over this rank's micro-batches; all are weighted alike. Returns their losses. Collective.
 
         block: the one that is trained, of a model with several; the others stay as they are. None where there is one.
         """
+
+    @abstractmethod
+    def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
+        """The objective's negative log-likelihood of tokens [B, T + 1], without gradient: nats, fp32 [B, T]. Collective."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model's weights by name, on rank 0; nothing on the others. Collective."""
 
     def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
         """Run a forward and backward pass that changes nothing, so that a first use that costs time is over."""

@@ -1,36 +1,32 @@
-"""DeepSpeed ZeRO behind the engine interface.
+"""DeepSpeed ZeRO behind the engine interface; deepspeed_config.py says with which settings.
 
-Every value that DeepSpeed would default and that changes the mathematics is written into its config: `gradient_clipping`, for
-one, defaults to 1.0 since 0.19. The optimizer is torch's AdamW but for the blocks that it leaves out, so nothing is compiled
-at start.
+The optimizer is torch's AdamW but for the blocks that it leaves out, so nothing is compiled at start.
 """
 
 import datetime
-import os
-import socket
 import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
 import torch
+from torch import Tensor, nn
 
-from ..distributed import World
-from ..model.recurrent import RecurrentDepthLM
-from ..objectives import Loss, Objective
+from ..distributed import PROCESS_GROUP_MINUTES, World, backend, describe_lone_process
+from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer
+from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
 
 TAG = "deepspeed"
+HOLDER = -1
+"""A number that is no module's."""
 
 
-def initialise_distributed(world: World, timeout_minutes: float = 30) -> None:
-    """Start the process group: NCCL on CUDA, gloo on CPU. The default time limit is generous for a slow save or a first compile."""
-    if "MASTER_ADDR" not in os.environ:  # started without a launcher
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def initialise_distributed(world: World) -> None:
+    """Start the process group by DeepSpeed's own means."""
+    describe_lone_process()
     if world.device.type == "cpu":
         # DeepSpeed would compile a shared-memory operator here that training never calls; a build killed half-way leaves a lock
         # on which every later run hangs.
@@ -38,61 +34,74 @@ def initialise_distributed(world: World, timeout_minutes: float = 30) -> None:
     # DeepSpeed calls collectives by names that torch 2.13 is about to drop; a user can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # we test ours
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
-
-
-def deepspeed_config(optimizer: OptimizerSettings, zero_stage: int, micro_batch: int, accumulation: int, world_size: int,
-                     dtype: torch.dtype) -> dict:
-    """The DeepSpeed config of a run, with every value written that matters to its result."""
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world_size,
-        "zero_allow_untested_optimizer": True,  # BlockAdamW, which tests/distributed/test_blocks.py tests
-        "gradient_clipping": optimizer.gradient_clipping,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": False},
-        # Micro-batches are added up in fp32 whatever the weights' dtype.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": zero_stage == 2,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-        },
-        "prescale_gradients": False,
-        "steps_per_print": 2**31 - 1,
-        "wall_clock_breakdown": False,
-    }
+    timeout = datetime.timedelta(minutes=PROCESS_GROUP_MINUTES)
+    deepspeed.init_distributed(backend(world.device), timeout=timeout, verbose=False)
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO 1 or 2 over the default process group."""
+    """ZeRO 0, 1, 2 or 3 over the default process group, which must stand."""
 
-    def __init__(self, model: RecurrentDepthLM, objective: Objective, optimizer: OptimizerSettings, config: dict, world: World):
-        """config: of `deepspeed_config`. The process group must stand."""
+    def __init__(self, module: TrainingModule, optimizer: OptimizerSettings, config: dict):
+        """config: of `deepspeed_config`."""
         self.facts = {"deepspeed_config": config}
-        self.model = model.to(world.device)
+        self.model = module.model
+        self._stage = config["zero_optimization"]["stage"]
         self._optimizer = build_optimizer(self.model, optimizer)  # ZeRO puts its flat shards into the groups of this very object
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=TrainingModule(self.model, objective), optimizer=self._optimizer, config=config
-        )
+        self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
+        self._norm: float | Tensor = 0.0
+        self._held = list(self.model.cores.parameters()) if self._stage == 3 and module.objective.repeats_core else []
+
+    @contextmanager
+    def _core_held(self):
+        """Have stage 3 keep the core's weights once they are gathered: an iteration would drop them, which the next one needs again.
+
+        It drops what no module is using, so one more user is noted for each. (Its own setting for weights to be left whole goes by size
+        alone, and holds only while every step calls the same modules, which a drawn depth does not.) The optimizer's step drops all.
+        """
+        for parameter in self._held:
+            parameter.ds_active_sub_modules.add(HOLDER)
+        try:
+            yield
+        finally:
+            for parameter in self._held:
+                parameter.ds_active_sub_modules.discard(HOLDER)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
         self._optimizer.active_block = block
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        idle = [core for index, core in enumerate(self.model.cores) if block is not None and index != block]
+        if self._stage == 3:  # it would count an idle block's last gradient into the norm once more
+            nn.ModuleList(idle).requires_grad_(False)
         losses = []
-        for tokens, random in micro_batches:
-            loss = Loss(*self._engine(tokens, random))
-            self._engine.backward(loss.value)
-            self._engine.step()  # DeepSpeed counts micro-batches itself and updates at the last
-            losses.append(loss)
+        with self._core_held():
+            for tokens, random in micro_batches:
+                loss = Loss(*self._engine(tokens, random))
+                self._engine.backward(loss.value)
+                if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():  # which reports no norm
+                    self._norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+                self._engine.step()  # DeepSpeed counts micro-batches itself and updates at the last
+                losses.append(loss)
+        nn.ModuleList(idle).requires_grad_(True)
         return losses
 
+    @torch.no_grad()
+    def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
+        with self._core_held():
+            return self._engine(tokens, random, held_out=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        main, whole = self._engine.global_rank == 0, {}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):  # one at a time
+                if main:
+                    whole[name] = parameter.detach().cpu().contiguous()
+                    if self._stage == 3:
+                        whole[name] = whole[name].clone()
+        return whole
+
     def gradient_norm(self) -> float:
-        return float(self._engine.get_global_grad_norm())
+        return float(self._norm if self._stage == 0 else self._engine.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)

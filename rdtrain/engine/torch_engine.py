@@ -7,28 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line
-from ..model.recurrent import RecurrentDepthLM
-from ..objectives import Loss, Objective
+from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer
 from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
 
 
 class TorchEngine(Engine):
-    """bf16 means autocast here: weights stay fp32."""
+    """Steps a module with torch's own means; the weights are fp32."""
 
-    def __init__(self, model: RecurrentDepthLM, objective: Objective, optimizer: OptimizerSettings, accumulation: int,
-                 device: torch.device, dtype: torch.dtype, compile: bool = False):
+    def __init__(self, module: TrainingModule, optimizer: OptimizerSettings, accumulation: int):
         """accumulation: micro-batches per step."""
-        self.model = model.to(device)
-        if compile:
-            self.model.compile_parts()
-        self._module = TrainingModule(self.model, objective)
-        self._optimizer = build_optimizer(model, optimizer)
+        self.model = module.model
+        self._module = module
+        self._optimizer = build_optimizer(self.model, optimizer)
         self._clipping = optimizer.gradient_clipping or float("inf")
         self._accumulation = accumulation
-        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        self._norm = 0.0
+        self._norm: float | Tensor = 0.0
 
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
         self._optimizer.active_block = block
@@ -36,8 +31,7 @@ class TorchEngine(Engine):
             group["lr"] = learning_rate
         losses = []
         for tokens, random in micro_batches:
-            with self.autocast:
-                loss = Loss(*self._module(tokens, random))
+            loss = Loss(*self._module(tokens, random))
             (loss.value / self._accumulation).backward()
             losses.append(loss)
         self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clipping)
@@ -45,11 +39,17 @@ class TorchEngine(Engine):
         self._optimizer.zero_grad()
         return losses
 
+    @torch.no_grad()
+    def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
+        return self._module(tokens, random, held_out=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+
     def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
         """UserError where the model is to be compiled and this machine cannot."""
         try:
-            with self.autocast:
-                value, _ = self._module(tokens, random)
+            value, _ = self._module(tokens, random)
             value.backward()
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise UserError(f"torch.compile failed ({first_line(error)}): install a C++ compiler, or set engine.compile=false") from error

@@ -7,8 +7,8 @@ gives the token away.
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class HeldOut:
 def measure_likelihood(model: RecurrentDepthLM, objective: Objective, tokens: Tensor, bytes_per_token: float, batch: int) -> HeldOut:
     """Held-out likelihood on sequences tokens [N, T + 1], `batch` at a time, with the noise of training's own evaluations."""
     device = model.embedding.weight.device
-    rows = held_out_nll(model, objective, tokens, range(len(tokens)), batch, device, nullcontext())
+    rows = held_out_nll(partial(objective.held_out_nll, model), tokens, range(len(tokens)), batch, device)
     return summary(rows, bytes_per_token)
 
 

@@ -76,6 +76,12 @@ class Objective(ABC):
     untied_blocks: bool = False
     """Whether it trains models with more than one block."""
 
+    repeats_core: bool = False
+    """Whether a step runs the core many times over: an engine that shards its weights gathers them once for all of these."""
+
+    smallest_micro_batch: int = 1
+    """Sequences that a micro-batch must have for its passes to be the same on every rank."""
+
     @abstractmethod
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         """The training loss of a micro-batch."""

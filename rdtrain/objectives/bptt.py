@@ -22,6 +22,7 @@ class BackpropagationThroughTime(Objective):
     """Unrolled training from a random state."""
 
     model_fields = {}
+    repeats_core = True
 
     def __init__(self, settings: ObjectiveSettings, iterations: int):
         """iterations: K of inference, at which the held-out likelihood is taken, and the depth or its mean in training.

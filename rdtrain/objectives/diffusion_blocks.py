@@ -38,6 +38,8 @@ class DiffusionBlocks(Objective):
         self.settings = settings
         self.self_conditioning, self.chain_states = objective.self_conditioning, objective.chain_states
         self.core_readout = objective.core_readout
+        if self.self_conditioning or self.chain_states:
+            self.smallest_micro_batch = 2  # every second sample goes through an earlier iteration
         features = ("posterior_readout", "self_conditioning", "core_readout")
         self.model_fields = {"noise_conditioning": True} | {name: getattr(objective, name) for name in features}
         self.iterations = iterations

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from rdtrain.config import load_config
-from rdtrain.data.loader import Loader
+from rdtrain.data.loader import Loader, validation_windows
 from rdtrain.data.shards import ShardReader
 from rdtrain.distributed import World
+from rdtrain.export import export
 from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import build_objective
@@ -28,17 +29,16 @@ OBJECTIVES = {
 }
 
 
-def plain_run(path: Path) -> tuple[list[float], list[float]]:
-    """The losses and gradient norms of a config's run: whole global batches, torch's AdamW, its own clipping and schedule, no engine."""
+def plain_run(path: Path) -> tuple[list[float], list[float], float]:
+    """The losses and gradient norms of a config's run, and its last held-out likelihood: whole global batches, torch's AdamW, its own
+    clipping and schedule, no engine."""
     config = load_config(path)
     reader = ShardReader(Path(config.data.train))
     loader = Loader(reader, config.data.sequence_length, config.run.seed)
     objective = build_objective(config.objective, config.noise, config.model.iterations)
     torch.manual_seed(config.run.seed)
     shape = {name: getattr(config.model, name) for name in config.model.__dataclass_fields__}
-    model = RecurrentDepthLM(
-        ModelConfig(**shape, vocab_size=reader.vocab_size, noise_conditioning=config.objective.name == "diffusion_blocks")
-    )
+    model = RecurrentDepthLM(ModelConfig(**shape, vocab_size=reader.vocab_size, **objective.model_fields))
     settings, steps, losses, norms = config.optimizer, config.schedule.steps, [], []
     optimizer = torch.optim.AdamW(
         [
@@ -61,7 +61,11 @@ def plain_run(path: Path) -> tuple[list[float], list[float]]:
         optimizer.step()
         objective.after_step(step + 1, World.from_environment())
         losses.append(loss.item())
-    return losses, norms
+    held_out = validation_windows(ShardReader(Path(config.data.validation)), config.data.sequence_length, config.evaluation.sequences)
+    with torch.no_grad():
+        random = SampleRandom("validation", range(len(held_out)), torch.device("cpu"))
+        nll = objective.held_out_nll(model, held_out, random).mean().item()
+    return losses, norms, nll
 
 
 def recorded(folder: Path, name: str = "loss") -> list[float]:
@@ -69,22 +73,32 @@ def recorded(folder: Path, name: str = "loss") -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "stage", "clipping"), [("diffusion_blocks", 1, 0.3), ("bptt", 1, 0.3), ("diffusion_blocks", 2, 0.0)]
+    ("objective", "engine", "clipping"),
+    [
+        ("diffusion_blocks", {"name": "deepspeed", "zero_stage": 1}, 0.3),
+        ("bptt", {"name": "deepspeed", "zero_stage": 3}, 0.3),
+        ("diffusion_blocks", {"name": "deepspeed", "zero_stage": 2}, 0.0),
+        ("bptt", {"name": "fsdp"}, 0.3),
+    ],
 )
-def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tiny_config, tmp_path, deepspeed, objective, stage, clipping):
+def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tiny_config, tmp_path, deepspeed, objective, engine, clipping):
     """Global batch 8 on two ranks in micro-batches of 2: two processes and accumulation at once. The information curve, by which the
-    iterations are divided, is brought up to date at step 16, from what both ranks have seen."""
+    iterations are divided, is brought up to date at step 16, from what both ranks have seen. Of five held-out sequences one rank has three,
+    and so a pass more to make."""
     path = tiny_config(
-        objective=OBJECTIVES[objective], noise={"partition": "equal_information"}, engine={"name": "deepspeed", "zero_stage": stage},
+        objective=OBJECTIVES[objective], noise={"partition": "equal_information"}, engine=engine,
         optimizer={"gradient_clipping": clipping or 1e9}, schedule={"steps": 18}, checkpoint={"interval": 9},
+        evaluation={"interval": 9, "sequences": 5},
     )
     result = deepspeed("--config", path)
     assert result.returncode == 0, result.stderr
     first = recorded(tmp_path / "run")
-    losses, norms = plain_run(path)
+    losses, norms, nll = plain_run(path)
     assert len(first) == 18
     assert first == pytest.approx(losses, abs=1e-5)
     assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["validation_nll"] == pytest.approx(nll, rel=1e-5)
+    export(tmp_path / "run", tmp_path / "model")
 
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000018")
     result = deepspeed("--config", path)
@@ -101,7 +115,7 @@ def test_bf16_trains_next_to_fp32(tiny_config, tmp_path, deepspeed, stage):
     )
     result = deepspeed("--config", path, processes=1)
     assert result.returncode == 0, result.stderr
-    losses, norms = plain_run(path)
+    losses, norms, _ = plain_run(path)
     assert recorded(tmp_path / "run") == pytest.approx(losses, abs=0.02)
     assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=0.03)
 

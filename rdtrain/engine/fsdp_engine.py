@@ -1,0 +1,81 @@
+"""FSDP2, torch's `fully_shard`: weights, gradients and optimizer state each lie on one rank only, a part on every rank.
+
+A layer's weights are gathered when it runs and dropped after it. The embedding, which the tied head and the objectives use too, lies in
+the root's group with the norms and adapters, and stays whole from the start of a pass to its end. So do the layers of the core
+where an objective runs it many times over: it is gathered and its gradient reduced once, not K times. A block that a step does not
+train has no gradient at all, so it needs no more than BlockAdamW. On one rank all this computes what plain PyTorch does.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as sharded_checkpoint
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..distributed import World
+from ..model.layers import SandwichBlock
+from ..objectives import Loss
+from ..optimization import OptimizerSettings
+from ..randomness import SampleRandom
+from .base import MicroBatch, TrainingModule
+from .torch_engine import TorchEngine
+
+FOLDER = "fsdp"
+
+
+def shard(module: TrainingModule, world: World, dtype: torch.dtype) -> None:
+    """Shard a module in place over all ranks. dtype: what passes compute in; gradients are reduced and kept in fp32."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    # Inputs are left alone: sigma, the rotary table and the preconditioned state are fp32 in every precision.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    model = module.model
+    repeated = set(model.cores.modules()) if module.objective.repeats_core else set()
+    for part in model.modules():
+        if isinstance(part, SandwichBlock) and part not in repeated:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+class FSDPEngine(TorchEngine):
+    """The default process group must stand."""
+
+    def __init__(self, module: TrainingModule, optimizer: OptimizerSettings, accumulation: int, world: World, dtype: torch.dtype):
+        shard(module, world, dtype)
+        super().__init__(module, optimizer, accumulation)
+        self._world = world
+
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+        losses = super().train_step(micro_batches, learning_rate, block)
+        self._norm = self._norm.full_tensor()
+        return losses
+
+    def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
+        nll = super().held_out_nll(tokens, random)
+        self._module.reshard()  # the root's group, which waits for a backward pass
+        return nll
+
+    def weights(self) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in self.model.state_dict().items():
+            tensor = tensor.full_tensor()
+            if self._world.is_main:
+                whole[name] = tensor.cpu()
+        return whole
+
+    def save(self, folder: Path) -> None:
+        sharded_checkpoint.save(self._state(), checkpoint_id=folder / FOLDER)
+
+    def load(self, folder: Path) -> None:
+        sharded_checkpoint.load(self._state(), checkpoint_id=folder / FOLDER)  # into these very tensors
+
+    def _state(self) -> dict[str, Tensor | DTensor]:
+        self._optimizer.create_state()
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[name] = parameter.detach()
+            tensors |= {f"{name}.{key}": value for key, value in self._optimizer.state[parameter].items()}
+        return tensors

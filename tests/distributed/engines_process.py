@@ -1,0 +1,206 @@
+"""One process of test_engines.py: holds the losses of every engine and stage to one plain PyTorch loop, and notes each case that was right.
+
+The loop is written out here: whole global batches, torch's AdamW, its own clipping, no engine. A case is an engine, an objective with or
+without activation checkpointing, a number of micro-batches and a precision; a line of notes holds its largest deviations. What else a
+case must show: gathered weights that are the loop's, weights sharded between steps where they should be and gathered no oftener for a
+deeper step, the same held-out likelihood as without sharding, and a run that was saved and loaded going on bit for bit.
+"""
+
+import functools
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rdtrain.data.loader import rank_indices
+from rdtrain.distributed import World, leave
+from rdtrain.engine import EngineSettings, build_engine, deepspeed_config, start_processes
+from rdtrain.model.noise import NoiseSettings
+from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.objectives import Objective, ObjectiveSettings, build_objective
+from rdtrain.optimization import OptimizerSettings
+from rdtrain.randomness import SampleRandom
+
+CPU = torch.device("cpu")
+GLOBAL, RATE, SEED, ITERATIONS, VOCABULARY, LENGTH = 16, 3e-3, 1301, 4, 50, 8
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.01}
+"""Of losses, relative to the fp32 loop's."""
+
+WAYS = {
+    "fsdp": {"name": "fsdp"},
+    **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)},
+    **{f"zero-{stage}-offload": {"name": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)},
+}
+OBJECTIVES = {
+    "diffusion_blocks": {"name": "diffusion_blocks"},
+    "chain": {"name": "diffusion_blocks", "self_conditioning": True, "chain_states": True, "core_readout": True},
+    "truncated": {"name": "bptt", "gradient": "truncated", "trained_iterations": 2},
+    "full": {"name": "bptt", "gradient": "full"},
+}
+SHORT = [
+    ("diffusion_blocks", False, 1, "fp32"), ("chain", False, 4, "fp32"), ("truncated", True, 4, "fp32"), ("full", False, 1, "fp32"),
+    ("diffusion_blocks", False, 4, "bf16"), ("truncated", False, 1, "bf16"),
+]
+FULL = [
+    (objective, checkpointing, accumulation, precision)
+    for precision in ("fp32", "bf16")
+    for objective in OBJECTIVES
+    for checkpointing in ((False, True) if OBJECTIVES[objective]["name"] == "bptt" else (False,))
+    for accumulation in (1, 4)
+]
+STEPS = {"short": 12, "full": 50}
+
+
+def cases(length: str) -> list[str]:
+    """The names of the cases of `short` or `full`, in the order in which they run."""
+    names = []
+    for way in WAYS:
+        chosen = FULL if length == "full" else SHORT[2:3] if way.endswith("offload") else SHORT
+        names += [" ".join((way, name, "checkpointed" if again else "plain", f"{count}x", precision))
+                  for name, again, count, precision in chosen]
+    return names
+
+
+def build(name: str, checkpointing: bool) -> tuple[RecurrentDepthLM, Objective]:
+    settings = ObjectiveSettings(**OBJECTIVES[name], **({"activation_checkpointing": True} if checkpointing else {}))
+    objective = build_objective(settings, NoiseSettings(), ITERATIONS)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, coda_layers=1, iterations=ITERATIONS, vocab_size=VOCABULARY,
+        **objective.model_fields,
+    )
+    return RecurrentDepthLM(config), objective
+
+
+def tokens(indices: range) -> torch.Tensor:
+    rows = [torch.randint(VOCABULARY, (LENGTH + 1,), generator=torch.Generator().manual_seed(index)) for index in indices]
+    return torch.stack(rows)
+
+
+def micro_batch(indices: range, step: int) -> tuple[torch.Tensor, SampleRandom]:
+    return tokens(indices), SampleRandom(SEED, indices, CPU, step)
+
+
+OPTIMIZER = OptimizerSettings(learning_rate=RATE, gradient_clipping=0.5)
+
+
+@functools.cache
+def plain_run(name: str, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
+    """Losses, gradient norms, final weights and final held-out likelihood of three sequences."""
+    model, objective = build(name, checkpointing=False)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=RATE, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.epsilon,
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        loss = objective(model, *micro_batch(range(step * GLOBAL, (step + 1) * GLOBAL), step)).value
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping).item())
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        nll = objective.held_out_nll(model, tokens(range(3)), SampleRandom("validation", range(3), CPU)).mean().item()
+    return losses, norms, {key: value.clone() for key, value in model.state_dict().items()}, nll
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the messages by which ranks gather weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "allgather" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def check_sharding(engine) -> None:
+    """Between two steps a rank holds its part of the weights."""
+    for name, parameter in engine.model.named_parameters():
+        whole = not isinstance(parameter, DTensor) and getattr(parameter, "ds_status", None) != ZeroParamStatus.NOT_AVAILABLE
+        assert not whole, f"{name} is whole"
+
+
+def check(case: str, steps: int, world: World, folder: Path) -> str:
+    """AssertionError where a case is not what the plain loop says; returns its largest deviations."""
+    way, name, checkpointing, accumulation, precision = case.split()
+    settings, accumulation = EngineSettings(**WAYS[way], precision=precision), int(accumulation[:-1])
+    losses, norms, weights, nll = plain_run(name, steps)
+    micro, exact = GLOBAL // accumulation // world.size, precision == "fp32"
+
+    def start():
+        model, objective = build(name, checkpointing == "checkpointed")
+        return build_engine(settings, model, objective, OPTIMIZER, micro, accumulation, world)
+
+    def train(engine, first: int, last: int) -> list[tuple[float, float]]:
+        found = []
+        for step in range(first, last):
+            batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, micro))
+            counted = OBJECTIVES[name]["name"] == "bptt" and way in ("fsdp", "zero-3")
+            with Gathers() if counted else nullcontext() as gathers:
+                values = [loss.value.item() for loss in engine.train_step(batches, RATE)]
+            assert len(values) == accumulation
+            if counted:  # once for the forward pass and once for the backward, whatever the depth
+                assert gathers.count <= 2 * accumulation * len(weights), f"{case}: {gathers.count} gathers in step {step}"
+            found.append((world.sum(torch.tensor(sum(values) / accumulation / world.size)).item(), engine.gradient_norm()))
+        return found
+
+    def likelihood(engine) -> float:
+        return engine.held_out_nll(tokens(range(3)), SampleRandom("validation", range(3), CPU)).mean().item()
+
+    engine = start()
+    middle = steps // 2
+    found = train(engine, 0, middle)
+    likelihood(engine)  # between steps it changes nothing
+    engine.save(folder)
+    found += train(engine, middle, steps)
+    if settings.name == "fsdp" or settings.zero_stage == 3:
+        check_sharding(engine)
+    off = max(abs(loss - right) / right for (loss, _), right in zip(found, losses))
+    norm_off = max(abs(norm - right) / right for (_, norm), right in zip(found, norms))
+    nll_off = abs(likelihood(engine) - nll) / nll
+    assert off < TOLERANCE[precision], f"{case}: a loss is off by {off:.1e}"
+    assert norm_off < (1e-3 if exact else 0.1), f"{case}: a gradient norm is off by {norm_off:.1e}"
+    assert nll_off < TOLERANCE[precision], f"{case}: the held-out likelihood is off by {nll_off:.1e}"
+    gathered = engine.weights()
+    assert gathered.keys() == (weights.keys() if world.is_main else set())
+    for key, tensor in gathered.items():
+        error = (tensor.float() - weights[key]).norm() / weights[key].norm().clamp(min=1)
+        assert error < (1e-4 if exact else 0.1), f"{case}: {key} is off by {error:.1e}"
+
+    if accumulation == 1:
+        return f"{off:.1e} {norm_off:.1e}"  # saving and loading has nothing to do with accumulation: once is enough
+    again = start()
+    again.load(folder)
+    assert train(again, middle, steps) == found[middle:], f"{case}: a resumed run is not the whole one"
+    resumed = again.weights()
+    assert all(resumed[key].equal(gathered[key]) for key in gathered)
+    return f"{off:.1e} {norm_off:.1e}"
+
+
+def main() -> None:
+    folder, length = Path(sys.argv[-2]), sys.argv[-1]
+    world = World.from_environment()
+    start_processes(EngineSettings("deepspeed"), world)
+    sys.modules[deepspeed_config.__module__].PERSISTENT = 0  # else stage 3 would leave all of so small a model whole
+    for number, case in enumerate(cases(length)):
+        place = folder / str(number)
+        place.mkdir(exist_ok=True)
+        world.barrier()
+        deviations = check(case, STEPS[length], world, place)
+        if world.is_main:
+            with (folder / "right.txt").open("a") as notes:
+                print(f"{case}: {deviations}", file=notes)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
