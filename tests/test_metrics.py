@@ -1,6 +1,7 @@
 """Metrics: means are taken over everything, and wandb offline really writes them."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,14 @@ def test_wandb_offline_writes_a_run_folder_that_holds_the_metrics(tiny_config, t
 
     assert train(load_config(tiny_config(logging={"wandb": "offline"}))) == 0
     (file,) = tmp_path.glob("run/wandb/offline-run-*/*.wandb")
-    records = [Record.FromString(data) for data in wandb_records(file)]
-    history = [
-        {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
-    expected = read_metrics(tmp_path / "run/metrics.jsonl")
+    expected, history, deadline = read_metrics(tmp_path / "run/metrics.jsonl"), [], time.monotonic() + 30
+    while len(history) < len(expected) and time.monotonic() < deadline:  # wandb writes it in a process of its own
+        time.sleep(0.1)
+        history = [
+            {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            for record in map(Record.FromString, wandb_records(file))
+            if record.WhichOneof("record_type") == "history"
+        ]
     assert len(history) == len(expected) == 9  # before the first step, and eight steps
     for row, record in zip(history, expected):
         assert float(row.get("loss", "nan")) == pytest.approx(record.get("loss", math.nan), nan_ok=True)
