@@ -27,12 +27,7 @@ launch() {
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
     fi
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    # In the background, and waited for by `wait`: only so does Ctrl-C reach the caller's trap however the launcher ends. Ranks and launcher
-    # have handlers of their own, and save before they leave.
     deepspeed --quiet --num_gpus "$processes" --master_port "$port" -- launch/train.py --config "$1" \
-        batch.micro_sequences=$((16 / processes)) "${@:2}" &
-    local launcher=$! status=0
-    wait "$launcher" || status=$?
-    while kill -0 "$launcher" 2> /dev/null; do wait "$launcher" || status=$?; done
-    return "$status"
+        batch.micro_sequences=$((16 / processes)) "${@:2}" ||
+        return # a command of its own, before which the shell runs the caller's trap for Ctrl-C, if there is one
 }

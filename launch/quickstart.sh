@@ -26,7 +26,7 @@ done
 if [ -z "$output" ]; then
     if [ ${#text[@]} -gt 0 ]; then output=runs/own-text; else output=runs/quickstart; fi
 fi
-trap 'wait; exit 130' INT TERM
+trap 'exit 130' INT TERM
 trap 'status=$?; [ "$status" = 0 ] || echo "quickstart: stopped with code $status; start the same command again to continue"' EXIT
 
 started=$SECONDS times=""

@@ -20,7 +20,9 @@ def test_the_quickstart_continues_after_an_interrupt_and_ends_with_text(text_fol
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(
-            command, cwd=PROJECT, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, cwd=PROJECT, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # Tests that a shell has started in the background ignore SIGINT, and a shell below them could not trap it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     process = start()
