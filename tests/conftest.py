@@ -1,6 +1,7 @@
 """What the tests share: a tiny model, tiny shards made from real text, and the commands as a user would start them."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from rdtrain.config import Config
 from rdtrain.data.docstrings import docstrings
 from rdtrain.data.shards import write_shards
 from rdtrain.data.tokenizer_training import train_tokenizer
+from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.model.tokenizer import Tokenizer
+from rdtrain.train import train
 
 PROJECT = Path(__file__).parent.parent
 MODULES = ("argparse", "datetime", "_pydecimal", "difflib", "inspect", "random", "shutil", "statistics", "subprocess", "textwrap")
@@ -149,6 +154,26 @@ def deepspeed():
         return start([*command, script, *map(str, arguments)], timeout, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
     return run
+
+
+@pytest.fixture
+def assert_resumes_bit_for_bit():
+    """Check that a finished run, its last checkpoint (folder `last`) taken away and its config trained again, ends with the same
+    weights after the same losses and gradient norms."""
+
+    def check(config: Config, last: Path) -> None:
+        metrics = last.parent.parent / "metrics.jsonl"
+        weights, records = load_file(last / "model.safetensors"), read_metrics(metrics)
+        shutil.rmtree(last)
+        assert train(config) == 0
+        again = load_file(last / "model.safetensors")
+        assert again.keys() == weights.keys() and all(again[name].equal(weights[name]) for name in weights)
+        whole, resumed = (
+            [(record["step"], record["loss"], record["gradient_norm"]) for record in run[1:]] for run in (records, read_metrics(metrics))
+        )
+        assert whole == resumed
+
+    return check
 
 
 @pytest.fixture

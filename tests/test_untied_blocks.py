@@ -1,15 +1,12 @@
 """Untied blocks through the commands: train, resume, export, generate, and what is refused."""
 
-import shutil
 
-from safetensors.torch import load_file
 
 from rdtrain.config import load_config
 from rdtrain.metrics import read_metrics
-from rdtrain.train import train
 
 
-def test_four_blocks_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp_path, rdtrain):
+def test_four_blocks_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp_path, rdtrain, assert_resumes_bit_for_bit):
     config = tiny_config(model={"iterations": 8}, schedule={"steps": 40}, checkpoint={"interval": 20}, evaluation={"interval": 20})
     result = rdtrain("train", "--config", config, "model.blocks=4")
     assert result.returncode == 0, result.stderr
@@ -20,17 +17,7 @@ def test_four_blocks_train_resume_bit_for_bit_export_and_generate(tiny_config, t
         trained = {k // 2 for k, loss in enumerate(record["loss_by_iteration"]) if loss is not None}
         assert len(trained) == 1
 
-    last = tmp_path / "run/checkpoints/step-00000040"
-    weights = load_file(last / "model.safetensors")
-    shutil.rmtree(last)
-    assert train(load_config(config, ["model.blocks=4"])) == 0
-    again = load_file(last / "model.safetensors")
-    assert again.keys() == weights.keys() and all(again[name].equal(weights[name]) for name in weights)
-    whole, resumed = (
-        [(record["step"], record["loss"], record["gradient_norm"]) for record in run[1:]]
-        for run in (records, read_metrics(tmp_path / "run/metrics.jsonl"))
-    )
-    assert whole == resumed
+    assert_resumes_bit_for_bit(load_config(config, ["model.blocks=4"]), tmp_path / "run/checkpoints/step-00000040")
 
     result = rdtrain("export", tmp_path / "run", "--output", tmp_path / "model")
     assert result.returncode == 0 and "bit for bit" in result.stdout, result.stderr

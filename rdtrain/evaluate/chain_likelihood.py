@@ -64,7 +64,6 @@ def likelihood_of_chain(generator: TextGenerator, iterations: list[int], tokens:
 def _bound(generator: TextGenerator, iterations: int, tokens: Tensor, random: SampleRandom) -> Tensor:
     """Of K iterations, on sequences tokens [B, T + 1] -> [B, T]."""
     model, noise = generator.model, generator.noise
-    unit_embeddings = model.unit_embedding(torch.arange(model.config.vocab_size, device=tokens.device))
     sigma_data, levels = noise.sigma_data(model.config.width), noise.levels(iterations)
     e, previous = model.prelude(tokens[:, :-1]), None
 
@@ -73,9 +72,9 @@ def _bound(generator: TextGenerator, iterations: int, tokens: Tensor, random: Sa
         level = torch.full((len(z), 1), levels[k], device=z.device)
         logits = denoise(model, z, e, level, sigma_data, previous=previous, block=model.config.block_of(k, iterations))
         if model.config.self_conditioning:
-            previous = logits.float().softmax(-1) @ unit_embeddings
+            previous = model.expected_embedding(logits)
         return logits
 
     return ancestral_nats(
-        predict, tokens[:, 1:], unit_embeddings, levels, lambda: random.normal(tokens.shape[1] - 1, model.config.width)
+        predict, tokens[:, 1:], model.unit_embeddings(), levels, lambda: random.normal(tokens.shape[1] - 1, model.config.width)
     )

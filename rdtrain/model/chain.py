@@ -33,7 +33,7 @@ class DenoisingChain:
         self._sigma_data = noise.sigma_data(model.config.width)
         self._steps = list(zip(levels, levels[1:]))
         self._model, self._sampling, self._cache, self._generator = model, sampling, cache, generator
-        self._unit_embeddings = model.unit_embedding(torch.arange(model.config.vocab_size, device=model.embedding.weight.device))
+        self._unit_embeddings = model.unit_embeddings()
         self._ids: Tensor | None = None  # without a cache: all tokens so far, and the states of each iteration
         self._states: list[Tensor | None] = [None] * iterations
 

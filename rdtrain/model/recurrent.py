@@ -224,7 +224,7 @@ class RecurrentDepthLM(nn.Module):
         if evidence is None:
             return logits
         # Known, not learned: no gradient. Its size is up to 1 / sigma^2, so the sum is fp32 whatever the operands are.
-        return logits.float() + F.linear(evidence.to(weight.dtype), F.normalize(weight.detach().float(), dim=-1).to(weight.dtype)).float()
+        return logits.float() + F.linear(evidence.to(weight.dtype), self.unit_embeddings().detach().to(weight.dtype)).float()
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
                 evidence: Tensor | None = None) -> Tensor:
@@ -254,9 +254,13 @@ class RecurrentDepthLM(nn.Module):
         """The denoising target of tokens [...]: their embeddings, scaled to length one, in fp32 [..., d]."""
         return F.normalize(self.embedding(ids).float(), dim=-1)
 
+    def unit_embeddings(self) -> Tensor:
+        """The targets of all tokens, fp32 [V, d]."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on."""
-        return (logits.float().softmax(-1) @ F.normalize(self.embedding.weight.float(), dim=-1)).float()
+        return (logits.float().softmax(-1) @ self.unit_embeddings()).float()
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
