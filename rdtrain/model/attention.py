@@ -4,15 +4,12 @@ flash-attn is used when it can be imported, the tensors are on CUDA and their dt
 of the two a run uses, so that nobody has to guess.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@cache
-def _flash_attn_func():
+def find_flash_attn():
     """flash-attn's kernel, or None. The import names the function: the package flash-attn-4 also answers to `flash_attn`."""
     try:
         from flash_attn import flash_attn_func
@@ -21,9 +18,13 @@ def _flash_attn_func():
     return flash_attn_func
 
 
+# Looked for once, here: an import inside the layers would cut the compiled model in two at every attention.
+FLASH_ATTN = find_flash_attn()
+
+
 def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that `causal_attention` uses for tensors of this device and dtype."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _flash_attn_func() is not None:
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and FLASH_ATTN is not None:
         return "flash-attn"
     return "SDPA"
 
@@ -37,7 +38,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     queries, keys = query.shape[2], key.shape[2]
     if attention_backend(query.device, query.dtype) == "flash-attn":
         # flash-attn wants [B, T, H, D] and aligns its causal mask with the last key, as we do.
-        out = _flash_attn_func()(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=True)
+        out = FLASH_ATTN(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=True)
         return out.transpose(1, 2)
     if queries == keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)

@@ -137,6 +137,15 @@ class Core(nn.Module):
         return run_layers(self.config, self.layers, x, conditioning, cache)
 
 
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """What the residual stream is kept in: the dtype of autocast where that is on, else the weights'.
+
+    Every sublayer's sum is normalised again, so that the stream never grows beyond what bf16 resolves.
+    """
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.ModuleList:
     """So many layers of a model, which take a noise level or not."""
     width = CONDITIONING_WIDTH if conditioned else None
@@ -194,6 +203,7 @@ class RecurrentDepthLM(nn.Module):
     def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None) -> Tensor:
         """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
         x = self.embedding(ids) * math.sqrt(self.config.width)
+        x = x.to(working_dtype(x))
         return run_layers(self.config, self.prelude_layers, x, None, cache)
 
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
@@ -210,7 +220,7 @@ class RecurrentDepthLM(nn.Module):
 
     def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
         """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it."""
-        x = self.final_norm(state.to(self.embedding.weight.dtype))
+        x = self.final_norm(state.to(working_dtype(self.embedding.weight)))
         return self.final_norm(run_layers(self.config, self.coda_layers, x, conditioning, cache))
 
     def head(self, hidden: Tensor, evidence: Tensor | None = None) -> Tensor:
@@ -242,9 +252,9 @@ class RecurrentDepthLM(nn.Module):
     def compile_parts(self) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
         for part in ("prelude", "coda", "losses"):
-            setattr(self, part, torch.compile(getattr(self, part), dynamic=False))
+            setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
         for core in self.cores:  # their weights are inputs of the compiled code, which they share
-            core.forward = torch.compile(core.forward, dynamic=False)
+            core.forward = torch.compile(core.forward, dynamic=False, fullgraph=True)
 
     def condition(self, c_noise: Tensor) -> Tensor:
         """c_noise = ln(sigma) / 4, [B, 1] or [B, T], in fp32 -> the `conditioning` of `iterate` and `readout`."""

@@ -103,21 +103,20 @@ def test_flash_attn_is_called_in_its_own_layout_and_its_answer_comes_back_in_our
         return out
 
     monkeypatch.setattr(attention_module, "attention_backend", lambda device, dtype: "flash-attn")
-    monkeypatch.setattr(attention_module, "_flash_attn_func", lambda: kernel)
+    monkeypatch.setattr(attention_module, "FLASH_ATTN", kernel)
     query, key, value = 2 * normal(2, 3, queries, 8, seed=1), normal(2, 3, keys, 8, seed=2), normal(2, 3, keys, 8, seed=3)
     assert_is_causal_attention(causal_attention(query, key, value), query, key, value, reference)
 
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    """A function that installs `module` as flash_attn (None: the import fails) and forgets what was found before."""
+    """A function that installs `module` as flash_attn (None: the import fails) and looks for it anew."""
 
     def install(module):
         monkeypatch.setitem(sys.modules, "flash_attn", module)
-        attention_module._flash_attn_func.cache_clear()
+        monkeypatch.setattr(attention_module, "FLASH_ATTN", attention_module.find_flash_attn())
 
-    yield install
-    attention_module._flash_attn_func.cache_clear()
+    return install
 
 
 def fake_flash_attn(**contents):
