@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${FOLDER:-runs/quality}
-rates=${RATES:-1e-3 2e-3 3e-3}
+rates=${RATES:-5e-4 1e-3 2e-3}
 rdtrain() { "${PYTHON:-python3}" -m rdtrain.cli "$@"; }
 
 declare -A arm=(
@@ -39,9 +39,14 @@ declare -A ablation=(
     [8-iterations]="model.iterations=8"
     [4-blocks]="model.blocks=4"
     [no-posterior-readout]="objective.posterior_readout=false"
+    [unit-variance-input]="objective.wiener_input=false"
     [core-readout]="objective.core_readout=true"
     [self-conditioning]="objective.self_conditioning=true"
     [chain-states]="objective.chain_states=true"
+    [embedding-scale-1]="optimizer.embedding_scale=1.0"
+    [embedding-scale-2]="optimizer.embedding_scale=2.0"
+    [embedding-scale-8]="optimizer.embedding_scale=8.0"
+    [embedding-scale-16]="optimizer.embedding_scale=16.0"
 )
 
 # run NAME CONFIG OVERRIDE...: one run in $folder/NAME, its output in NAME.log.
@@ -72,21 +77,28 @@ in_turn() {
 }
 all_done() { local failed=0 job; for job in "${started[@]}"; do wait "$job" || failed=1; done; return $failed; }
 
-# best ARM: the learning rate with the lowest held-out NLL among those tried, and its median step time.
+# best ARM: the learning rate with the lowest held-out NLL among those tried.
 best() {
     "${PYTHON:-python3}" - "$folder/rates" "$1" <<'PYTHON'
-import json, pathlib, statistics, sys
+import json, pathlib, sys
 folder, arm = pathlib.Path(sys.argv[1]), sys.argv[2]
 runs = {}
 for metrics in folder.glob(f"{arm}-[0-9]*/metrics.jsonl"):
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    seconds = [record["step_seconds"] for record in records if "step_seconds" in record]
-    nll = [record["validation_nll"] for record in records if "validation_nll" in record]
-    runs[metrics.parent.name.removeprefix(f"{arm}-")] = nll[-1], statistics.median(seconds[1:] or seconds)
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    runs[metrics.parent.name.removeprefix(f"{arm}-")] = last["validation_nll"]
 if not runs:
     sys.exit(f"no learning rate has been tried for {arm}: start with `bash launch/quality.sh rates STEPS {arm}`")
-rate = min(runs, key=lambda name: runs[name][0])
-print(rate, runs[rate][1])
+print(min(runs, key=runs.get))
+PYTHON
+}
+
+# step_seconds ARM: of a step with the GPU to itself, which the runs of `rates` do not have.
+step_seconds() {
+    run "speed/$1" "$(config_of "$1")" ${arm[$1]} schedule.steps=40 logging.interval=10 evaluation.sequences=8 > /dev/null
+    "${PYTHON:-python3}" - "$folder/speed/$1/metrics.jsonl" <<'PYTHON'
+import json, pathlib, statistics, sys
+records = [json.loads(line) for line in pathlib.Path(sys.argv[1]).read_text().splitlines()]
+print(statistics.median([record["step_seconds"] for record in records if "step_seconds" in record][1:]))
 PYTHON
 }
 
@@ -114,8 +126,7 @@ ablations)
     steps=$1; shift
     [ $# -gt 0 ] || set -- "${!ablation[@]}"
     for name in "$@"; do known ablation "$name"; done
-    chosen=$(best ours)
-    read -r rate _ <<< "$chosen"
+    rate=$(best ours)
     for name in "$@"; do
         in_turn "ablations/$name" 70m ${ablation[$name]} schedule.steps="$steps" optimizer.learning_rate="$rate"
     done
@@ -124,8 +135,8 @@ arms)
     seconds=$1 seed=$2; shift 2
     for name in "$@"; do known arm "$name"; done
     for name in "$@"; do
-        chosen=$(best "$name")
-        read -r rate step <<< "$chosen"
+        rate=$(best "$name")
+        step=$(step_seconds "$name")
         steps=$(awk "BEGIN { print int($seconds / $step) }")
         run "arms/$name-$seconds-s-seed-$seed" "$(config_of "$name")" ${arm[$name]} schedule.steps="$steps" run.seed="$seed" \
             optimizer.learning_rate="$rate" optimizer.learning_rate_source="$folder/rates"

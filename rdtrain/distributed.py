@@ -100,6 +100,24 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def _read_later(number: Tensor) -> Callable[[], float]:
+    """A function that waits for a number as it is now, and for nothing that the device is given to do after it.
+
+    `item` would wait for all of that, since its copy queues up behind it.
+    """
+    if number.device.type != "cuda":
+        return number.item
+    on_host, arrived = torch.empty((), dtype=number.dtype, pin_memory=True), torch.cuda.Event()
+    on_host.copy_(number, non_blocking=True)
+    arrived.record()
+
+    def read() -> float:
+        arrived.synchronize()
+        return on_host.item()
+
+    return read
+
+
 @contextmanager
 def stop_signals(world: World):
     """Turn SIGINT and SIGTERM into a question that all ranks answer alike.
@@ -108,7 +126,7 @@ def stop_signals(world: World):
     signalled. The answer of a step is read one step later, so that a CUDA device always has a step to work on meanwhile.
     """
     received = False
-    pending: Tensor | None = None
+    pending: Callable[[], float] | None = None
 
     def receive(signum, frame):
         nonlocal received
@@ -116,8 +134,8 @@ def stop_signals(world: World):
 
     def agreed() -> bool:
         nonlocal pending
-        before, pending = pending, world.sum(torch.tensor(float(received), device=world.device))
-        return before is not None and before.item() > 0
+        before, pending = pending, _read_later(world.sum(torch.full((), float(received), device=world.device)))
+        return before is not None and before() > 0
 
     previous: dict[int, Callable] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

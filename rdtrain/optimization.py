@@ -22,6 +22,8 @@ class OptimizerSettings:
 
     learning_rate: the peak.
     learning_rate_source: where the peak was chosen, for the reader of reports.
+    embedding_scale: the embedding's learning rate as a multiple of learning_rate. Its rows bear a higher one than the matrices of the
+        layers, and the more so the wider the model is (Yang et al. 2022, arXiv 2203.03466, table 8).
     beta1, beta2, epsilon: of Adam.
     weight_decay: on matrices; norms and biases have none.
     gradient_clipping: largest global norm of the gradient; 0 for none.
@@ -29,6 +31,7 @@ class OptimizerSettings:
 
     learning_rate: float = 1e-3
     learning_rate_source: str = ""
+    embedding_scale: float = 4.0
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -39,6 +42,8 @@ class OptimizerSettings:
         """ValueError, in one sentence, for numbers that AdamW does not take."""
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, and it is {self.learning_rate}")
+        if self.embedding_scale <= 0:
+            raise ValueError(f"embedding_scale must be positive, and it is {self.embedding_scale}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1 and beta2 must lie in [0, 1), and they are {self.beta1} and {self.beta2}")
         if self.weight_decay < 0 or self.gradient_clipping < 0 or self.epsilon <= 0:
@@ -121,17 +126,19 @@ class BlockAdamW(torch.optim.AdamW):
 def build_optimizer(model: RecurrentDepthLM, settings: OptimizerSettings) -> BlockAdamW:
     """AdamW over matrices, which decay, and vectors, which do not: a group of each, and with untied blocks two more for each block.
 
-    Fused on CUDA.
+    The embedding, which decays, is a group of its own. Fused on CUDA.
     """
-    parts: dict[int | None, list[nn.Parameter]] = {None: list(model.parameters())}
-    if len(model.cores) > 1:
-        parts = {None: [p for name, p in model.named_parameters() if not name.startswith("cores.")]}
+    untied, embedding = len(model.cores) > 1, model.embedding.weight
+    shared = [p for name, p in model.named_parameters() if p is not embedding and not (untied and name.startswith("cores."))]
+    parts: dict[int | None, list[nn.Parameter]] = {None: shared}
+    if untied:
         parts |= {block: list(core.parameters()) for block, core in enumerate(model.cores)}
-    groups = []
+    common = {"block": None, "learning_rate_scale": 1.0}
+    groups = [common | {"params": [embedding], "weight_decay": settings.weight_decay, "learning_rate_scale": settings.embedding_scale}]
     for block, parameters in parts.items():
         matrices, vectors = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
-        groups.append({"params": matrices, "weight_decay": settings.weight_decay, "block": block})
-        groups.append({"params": vectors, "weight_decay": 0.0, "block": block})
+        groups.append(common | {"params": matrices, "weight_decay": settings.weight_decay, "block": block})
+        groups.append(common | {"params": vectors, "weight_decay": 0.0, "block": block})
     return BlockAdamW(
         groups,
         lr=settings.learning_rate,
@@ -139,3 +146,9 @@ def build_optimizer(model: RecurrentDepthLM, settings: OptimizerSettings) -> Blo
         eps=settings.epsilon,
         fused=model.embedding.weight.is_cuda,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give each group of a BlockAdamW, or of an engine's optimizer around it, its multiple of the rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["learning_rate_scale"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rdtrain.optimization import OptimizerSettings, ScheduleSettings, build_optimizer, learning_rate
+from rdtrain.optimization import OptimizerSettings, ScheduleSettings, build_optimizer, learning_rate, set_learning_rate
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
@@ -25,15 +25,23 @@ def test_a_run_without_warmup_starts_at_the_peak():
 
 def test_matrices_decay_and_vectors_do_not(build_model):
     model = build_model(noise_conditioning=True)
-    matrices, vectors = build_optimizer(model, OptimizerSettings(weight_decay=0.3)).param_groups
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
-    assert {id(p) for p in matrices["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
-    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
-    assert not any(torch.equal(model.embedding.weight, p) for p in vectors["params"] if p.shape == model.embedding.weight.shape)
+    embedding, matrices, vectors = build_optimizer(model, OptimizerSettings(weight_decay=0.3)).param_groups
+    assert (embedding["weight_decay"], matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.3, 0.0)
+    assert [id(p) for p in embedding["params"]] == [id(model.embedding.weight)]
+    assert {id(p) for p in embedding["params"] + matrices["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
+    assert 1 + len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_the_embedding_learns_at_a_multiple_of_the_rate(build_model):
+    model = build_model(core_readout=True)
+    optimizer = build_optimizer(model, OptimizerSettings(embedding_scale=3.0))
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.75, 0.25, 0.25]
+    assert optimizer.param_groups[0]["params"] == [model.embedding.weight]
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(learning_rate=0.0), dict(beta1=1.0), dict(weight_decay=-1.0), dict(gradient_clipping=-1.0), dict(epsilon=0.0)]
+    "settings", [dict(learning_rate=0.0), dict(beta1=1.0), dict(weight_decay=-1.0), dict(gradient_clipping=-1.0), dict(epsilon=0.0), dict(embedding_scale=0.0)]
 )
 def test_impossible_optimizers_are_refused(settings):
     with pytest.raises(ValueError):
@@ -43,7 +51,8 @@ def test_impossible_optimizers_are_refused(settings):
 def test_untied_blocks_have_groups_of_their_own_that_hold_every_parameter_once(build_model):
     model = build_model(noise_conditioning=True, blocks=2)
     groups = build_optimizer(model, OptimizerSettings(weight_decay=0.3)).param_groups
-    assert [(group["block"], group["weight_decay"]) for group in groups] == [(b, decay) for b in (None, 0, 1) for decay in (0.3, 0.0)]
+    of_parts = [(block, decay) for block in (None, 0, 1) for decay in (0.3, 0.0)]
+    assert [(group["block"], group["weight_decay"]) for group in groups] == [(None, 0.3), *of_parts]
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(parameter) for parameter in model.parameters()}
     for block, core in enumerate(model.cores):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..distributed import PROCESS_GROUP_MINUTES, World, backend, describe_lone_process
 from ..objectives import Loss
-from ..optimization import OptimizerSettings, build_optimizer
+from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
 
@@ -68,8 +68,7 @@ class DeepSpeedEngine(Engine):
 
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
         self._optimizer.active_block = block
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._engine.optimizer, learning_rate)
         idle = [core for index, core in enumerate(self.model.cores) if block is not None and index != block]
         if self._stage == 3:  # it would count an idle block's last gradient into the norm once more
             nn.ModuleList(idle).requires_grad_(False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, first_line
 from ..objectives import Loss
-from ..optimization import OptimizerSettings, build_optimizer
+from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
 
@@ -27,8 +27,7 @@ class TorchEngine(Engine):
 
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
         self._optimizer.active_block = block
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer, learning_rate)
         losses = []
         for tokens, random in micro_batches:
             loss = Loss(*self._module(tokens, random))

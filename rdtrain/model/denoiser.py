@@ -24,7 +24,9 @@ def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, 
     """
     scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
     conditioning = model.condition(scale.c_noise.squeeze(-1))
-    hidden = model.iterate(scale.c_in * z, e, conditioning, cache, previous, block)
+    # c_skip * z, the Wiener estimate, fades where z is noise alone, which at unit variance would reach every layer beside e.
+    into_core = scale.c_skip / sigma_data if model.config.wiener_input else scale.c_in
+    hidden = model.iterate(into_core * z, e, conditioning, cache, previous, block)
     evidence = (z / sigma.unsqueeze(-1).square()).detach() if model.config.posterior_readout else None
     return (scale.c_skip * z + scale.c_out * hidden.float()) / sigma_data, conditioning, evidence
 

@@ -25,11 +25,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_table(start: int, stop: int, head_width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [stop - start, head_width / 2] of the rotary embedding, in fp32 whatever the model's dtype."""
-    frequency = base ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
-    angle = torch.outer(torch.arange(start, stop, device=device, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
+class RotaryTable:
+    """Cosines and sines of the rotary embedding for all positions so far, in fp32 whatever the model's dtype.
+
+    They are kept, because compiled layers would else compute them anew for every channel that they turn. Not a buffer of a module: that
+    would be cast with its weights.
+    """
+
+    def __init__(self, head_width: int, base: float):
+        self._head_width, self._base = head_width, base
+        self._cos = self._sin = torch.empty(0, head_width // 2)
+
+    def __call__(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[stop - start, head_width / 2] each. Reach the last position outside of compiled code first."""
+        if stop > self._cos.shape[0] or self._cos.device != device:
+            with torch.inference_mode(False):  # or training could not use them after a generation
+                frequency = self._base ** -(torch.arange(0, self._head_width, 2, device=device, dtype=torch.float32) / self._head_width)
+                angle = torch.outer(torch.arange(stop, device=device, dtype=torch.float32), frequency)
+                self._cos, self._sin = angle.cos(), angle.sin()
+        return self._cos[start:stop], self._sin[start:stop]
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import CacheSlot
-from .layers import RMSNorm, SandwichBlock, rotary_table
+from .layers import RMSNorm, RotaryTable, SandwichBlock
 
 INITIAL_STATE_STD = math.sqrt(2 / 5)
 CONDITIONING_WIDTH = 128
@@ -83,6 +83,7 @@ class ModelConfig(ModelSettings):
     vocab_size: rows of the embedding.
     noise_conditioning: whether core and coda layers take a noise level.
     posterior_readout: whether the logits of a denoising model are those of a prior, to which the evidence of its state is added.
+    wiener_input: whether the core of a denoising model takes its state as the Wiener estimate of the target, or at unit variance.
     self_conditioning: whether an iteration takes the expected embedding that the one before it ended with.
     core_readout: whether logits can also be read straight from the core's state.
     initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
@@ -91,6 +92,7 @@ class ModelConfig(ModelSettings):
     vocab_size: int = 0
     noise_conditioning: bool = False
     posterior_readout: bool = False
+    wiener_input: bool = False
     self_conditioning: bool = False
     core_readout: bool = False
     initial_state: Literal["normal", "zero"] = "normal"
@@ -122,9 +124,9 @@ class NoiseEmbedding(nn.Module):
 class Core(nn.Module):
     """The adapter, and the layers that an iteration runs."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, rotary: RotaryTable):
         super().__init__()
-        self.config = config
+        self.rotary = rotary
         self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
         self.layers = sandwich_blocks(config, config.core_layers, config.noise_conditioning)
 
@@ -134,7 +136,7 @@ class Core(nn.Module):
         x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
         if told is not None:
             x = x + told
-        return run_layers(self.config, self.layers, x, conditioning, cache)
+        return run_layers(self.rotary, self.layers, x, conditioning, cache)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -152,13 +154,13 @@ def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.Mo
     return nn.ModuleList(SandwichBlock(config.width, config.heads, config.mlp_width, config.norm_eps, width) for _ in range(count))
 
 
-def run_layers(config: ModelConfig, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None,
+def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None,
                cache: list[CacheSlot] | None) -> Tensor:
     """Layers one after another, each with its slot of the cache: x [B, T, d] -> [B, T, d]."""
     start = cache[0].length if cache else 0
-    rotary = rotary_table(start, start + x.shape[1], config.head_width, config.rope_base, x.device)
+    turns = rotary(start, start + x.shape[1], x.device)
     for index, layer in enumerate(layers):
-        x = layer(x, rotary, conditioning, cache[index] if cache else None)
+        x = layer(x, turns, conditioning, cache[index] if cache else None)
     return x
 
 
@@ -168,9 +170,10 @@ class RecurrentDepthLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.rotary = RotaryTable(config.head_width, config.rope_base)
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.prelude_layers = sandwich_blocks(config, config.prelude_layers, conditioned=False)
-        self.cores = nn.ModuleList(Core(config) for _ in range(config.blocks))
+        self.cores = nn.ModuleList(Core(config, self.rotary) for _ in range(config.blocks))
         self.coda_layers = sandwich_blocks(config, config.coda_layers, conditioned=config.noise_conditioning)
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         self.noise_embedding = NoiseEmbedding() if config.noise_conditioning else None
@@ -202,9 +205,14 @@ class RecurrentDepthLM(nn.Module):
 
     def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None) -> Tensor:
         """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
+        start = cache[0].length if cache else 0
+        self.rotary(start, start + ids.shape[1], ids.device)  # all parts use the same positions, and this one runs first
+        return self._prelude(ids, cache)
+
+    def _prelude(self, ids: Tensor, cache: list[CacheSlot] | None) -> Tensor:
         x = self.embedding(ids) * math.sqrt(self.config.width)
         x = x.to(working_dtype(x))
-        return run_layers(self.config, self.prelude_layers, x, None, cache)
+        return run_layers(self.rotary, self.prelude_layers, x, None, cache)
 
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
                 cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0) -> Tensor:
@@ -221,7 +229,7 @@ class RecurrentDepthLM(nn.Module):
     def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
         """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it."""
         x = self.final_norm(state.to(working_dtype(self.embedding.weight)))
-        return self.final_norm(run_layers(self.config, self.coda_layers, x, conditioning, cache))
+        return self.final_norm(run_layers(self.rotary, self.coda_layers, x, conditioning, cache))
 
     def head(self, hidden: Tensor, evidence: Tensor | None = None) -> Tensor:
         """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token.
@@ -251,7 +259,7 @@ class RecurrentDepthLM(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
-        for part in ("prelude", "coda", "losses"):
+        for part in ("_prelude", "coda", "losses"):
             setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
         for core in self.cores:  # their weights are inputs of the compiled code, which they share
             core.forward = torch.compile(core.forward, dynamic=False, fullgraph=True)

@@ -20,6 +20,8 @@ class ObjectiveSettings:
         (an ordinary language model, the control without recurrence: model.iterations=1).
     posterior_readout: diffusion_blocks only: the logits of an iteration are the network's plus the log-likelihood of its noised state, so
         that by Bayes' rule the network's alone need only be a prior.
+    wiener_input: diffusion_blocks only: the core takes its noised state as the Wiener estimate of the target, which fades where the
+        state is noise alone, and not at unit variance.
     self_conditioning: diffusion_blocks only: an iteration also takes the estimate of the one before it (arXiv 2208.04202).
     chain_states: diffusion_blocks only: an iteration starts from the state that the model's own iteration before led to, not from a
         noised target. For both, every second sample goes through that iteration first, without gradient.
@@ -33,6 +35,7 @@ class ObjectiveSettings:
 
     name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
     posterior_readout: bool = True
+    wiener_input: bool = True
     self_conditioning: bool = False
     chain_states: bool = False
     core_readout: bool = False
@@ -46,8 +49,9 @@ class ObjectiveSettings:
         if self.trained_iterations < 1:
             raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
         changed = [field.name for field in fields(self) if field.name != "name" and getattr(self, field.name) != field.default]
+        of_blocks = ("posterior_readout", "wiener_input", "self_conditioning", "chain_states", "core_readout")
         for name in changed:
-            owner = "diffusion_blocks" if name in ("posterior_readout", "self_conditioning", "chain_states", "core_readout") else "bptt"
+            owner = "diffusion_blocks" if name in of_blocks else "bptt"
             if self.name != owner:
                 raise ValueError(f"{name} belongs to name={owner}, and name is {self.name}: leave it out")
         if "trained_iterations" in changed and self.gradient != "truncated":
@@ -115,5 +119,5 @@ class Objective(ABC):
 
 
 def sum_and_count(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """The metric of a tensor of losses: their sum and their number."""
-    return losses.detach().sum(), torch.tensor(float(losses.numel()), device=losses.device)
+    """The metric of a tensor of losses: their sum and their number, which waits for no device."""
+    return losses.detach().sum(), torch.full((), float(losses.numel()), device=losses.device)

@@ -55,7 +55,7 @@ class BackpropagationThroughTime(Objective):
             else:
                 state = model.iterate(state, e)
         losses = model.losses(state, targets)
-        depth_metric = (torch.tensor(float(depth), device=losses.device), torch.tensor(1.0, device=losses.device))
+        depth_metric = (torch.full((), float(depth), device=losses.device), torch.ones((), device=losses.device))
         return Loss(losses.mean(), {"loss": sum_and_count(losses), "depth": depth_metric})
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:

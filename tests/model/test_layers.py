@@ -11,7 +11,7 @@ import torch
 from rdtrain.model import attention as attention_module
 from rdtrain.model.attention import attention_backend, causal_attention
 from rdtrain.model.cache import CacheSlot
-from rdtrain.model.layers import Attention, GatedMLP, RMSNorm, SandwichBlock, rotary_table, rotate
+from rdtrain.model.layers import Attention, GatedMLP, RMSNorm, RotaryTable, SandwichBlock, rotate
 
 CPU = torch.device("cpu")
 BASE = 50_000.0
@@ -46,7 +46,7 @@ def test_rms_norm_computes_in_fp32_and_returns_the_inputs_dtype(reference):
 @pytest.mark.parametrize("start", [0, 5])
 def test_rotary_embedding_equals_a_loop_over_complex_numbers(start, reference):
     x = normal(2, 3, 6, 8)
-    turned = rotate(x, rotary_table(start, start + 6, 8, BASE, CPU))
+    turned = rotate(x, RotaryTable(8, BASE)(start, start + 6, CPU))
     for batch in range(2):
         for head in range(3):
             expected = reference.rotary(float64(x[batch, head]), start, BASE)
@@ -57,7 +57,7 @@ def test_rotary_products_depend_on_the_distance_of_two_positions_alone():
     query, key = normal(1, 1, 1, 8, seed=1), normal(1, 1, 1, 8, seed=2)
 
     def product(query_position, key_position):
-        turned = [rotate(x, rotary_table(p, p + 1, 8, BASE, CPU)) for x, p in ((query, query_position), (key, key_position))]
+        turned = [rotate(x, RotaryTable(8, BASE)(p, p + 1, CPU)) for x, p in ((query, query_position), (key, key_position))]
         return (turned[0] * turned[1]).sum().item()
 
     assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
@@ -67,7 +67,7 @@ def test_rotary_products_depend_on_the_distance_of_two_positions_alone():
 
 
 def test_rotary_table_stays_fp32_precise_at_late_positions():
-    cos, sin = rotary_table(4000, 4001, 96, BASE, CPU)
+    cos, sin = RotaryTable(96, BASE)(4000, 4001, CPU)
     angle = 4000 * BASE ** -(np.arange(0, 96, 2) / 96)
     assert cos.dtype == sin.dtype == torch.float32
     np.testing.assert_allclose(cos[0].numpy(), np.cos(angle), atol=2e-3)
@@ -155,7 +155,7 @@ def test_flash_attn_is_used_on_cuda_in_half_precision_where_it_is_present(flash_
 def test_attention_equals_a_loop_over_heads_and_positions(perturb, reference):
     torch.manual_seed(0)
     attention, x = perturb(Attention(32, 4)), normal(2, 6, 32)
-    out = attention(x, rotary_table(0, 6, 8, BASE, CPU), None)
+    out = attention(x, RotaryTable(8, BASE)(0, 6, CPU), None)
     for row in range(2):
         np.testing.assert_allclose(float64(out[row]), reference.attention(attention, float64(x[row]), BASE), rtol=1e-4, atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_sandwich_block_equals_the_float64_formula(length, perturb, reference):
     torch.manual_seed(0)
     block, x = perturb(SandwichBlock(32, 4, 48, 1e-6, None if length is None else 20)), normal(2, 6, 32)
     conditioning = None if length is None else normal(2, length, 20, seed=1)
-    out = block(x, rotary_table(0, 6, 8, BASE, CPU), conditioning)
+    out = block(x, RotaryTable(8, BASE)(0, 6, CPU), conditioning)
     for row in range(2):
         condition = None if length is None else float64(conditioning[row])
         expected = reference.block(block, float64(x[row]), BASE, condition)
@@ -187,10 +187,10 @@ def test_layers_have_no_biases_apart_from_the_noise_levels():
 def test_a_block_fed_in_chunks_through_a_cache_equals_the_whole_sequence_at_once(chunks, perturb):
     torch.manual_seed(0)
     block, x, slot = perturb(SandwichBlock(32, 4, 48, 1e-6)), normal(2, 8, 32), empty_slot()
-    whole = block(x, rotary_table(0, 8, 8, BASE, CPU))
+    whole = block(x, RotaryTable(8, BASE)(0, 8, CPU))
     parts, start = [], 0
     for length in chunks:
-        rotary = rotary_table(start, start + length, 8, BASE, CPU)
+        rotary = RotaryTable(8, BASE)(start, start + length, CPU)
         with torch.no_grad():
             parts.append(block(x[:, start : start + length], rotary, slot=slot))
         start += length

@@ -65,6 +65,7 @@ def test_the_last_target_and_its_embedding_are_no_part_of_the_held_out_logits(bu
     params=[
         {},
         {"posterior_readout": False},
+        {"wiener_input": False},
         {"self_conditioning": True},
         {"chain_states": True},
         {"self_conditioning": True, "chain_states": True, "core_readout": True},

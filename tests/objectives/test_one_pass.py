@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rdtrain.errors import UserError
 from rdtrain.model.generation import Sampling, generate
-from rdtrain.model.layers import rotary_table
+from rdtrain.model.layers import RotaryTable
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig
 from rdtrain.objectives import ObjectiveSettings, build_objective
@@ -23,7 +23,7 @@ def model(build_model):
 
 def logits_by_hand(model, inputs):
     """From zeros only the adapter's half for e is left."""
-    rotary = rotary_table(0, inputs.shape[1], 8, 50_000.0, inputs.device)
+    rotary = RotaryTable(8, 50_000.0)(0, inputs.shape[1], inputs.device)
     x = F.embedding(inputs, model.embedding.weight) * math.sqrt(32)
     for layer in model.prelude_layers:
         x = layer(x, rotary)
