@@ -33,7 +33,7 @@ def test_all_three_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp
     assert result.returncode == 0 and "bit for bit" in result.stdout, result.stderr
     model = json.loads((tmp_path / "model/config.json").read_text())["model"]
     assert model["self_conditioning"] and model["core_readout"]
-    command = ("generate", tmp_path / "model", "--prompt", "The function", "--max-new-tokens", "10")
+    command = ("generate", tmp_path / "model", "--prompt", "The function", "--max-new-tokens", "40")
     from_core = ("--chain-readout", "core")
     coda, core, uncached = (rdtrain(*command, *extra) for extra in ((), from_core, (*from_core, "--no-cache")))
     for result in (coda, core, uncached):
