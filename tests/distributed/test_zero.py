@@ -55,7 +55,7 @@ def plain_run(path: Path) -> tuple[list[float], list[float], float]:
         cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = peak * (step + 1) / warmup if step < warmup else peak * (0.1 + 0.9 * cosine)
-        optimizer.param_groups[-1]["lr"] *= settings.embedding_scale
+        optimizer.param_groups[1]["lr"] *= settings.embedding_scale
         samples = range(step * config.batch.global_sequences, (step + 1) * config.batch.global_sequences)
         loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"), step)).value
         optimizer.zero_grad()
