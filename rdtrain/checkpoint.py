@@ -73,7 +73,7 @@ class CheckpointSettings:
 
 
 class Checkpointer:
-    """The checkpoints of a run, on every rank. A context manager: leaving it by an exception ends what is in flight."""
+    """The checkpoints of a run, on every rank; a context manager, at whose end the save in flight is waited for."""
 
     def __init__(self, run_folder: Path, settings: CheckpointSettings, tokenizer: Path, world: World):
         """tokenizer: the model file, of which every checkpoint holds a copy."""
@@ -132,12 +132,12 @@ class Checkpointer:
             ) from error
         return state
 
-    def save(self, state: dict, engine: Engine, wait: bool = False) -> None:
-        """Copy what the run needs, and write it: in the background where the settings say so and `wait` is not set. Collective.
+    def save(self, state: dict, engine: Engine) -> None:
+        """Copy what the run needs and write it, in the background where the settings say so. Collective.
 
-        state: plain numbers and names, with `step`. Waits for the save before. UserError when either cannot be written.
+        state: plain numbers and names, with `step`. Waits for the save before. UserError when one of the two cannot be written.
         """
-        self._settle()
+        self.finish()
         rank = self._world.rank
         contents = {f"shard-{rank}.safetensors": engine.snapshot() | self._generators()}
         weights = engine.weights()
@@ -148,8 +148,8 @@ class Checkpointer:
         self._step, self._published = state["step"], False
         self._temporary = temporary_folder(self._run_folder, self._step, self._start)
         self._writing = self._thread.submit(write_files, self._temporary, rank, contents)
-        if wait or not self._settings.asynchronous:
-            self._settle()
+        if not self._settings.asynchronous:
+            self.finish()
 
     def after_step(self) -> None:
         """See how far the save in flight is; every rank calls this once a step. No collective call, and no waiting.
@@ -166,8 +166,8 @@ class Checkpointer:
         except OSError as error:
             raise self._refusal(_reason(error), everywhere=self._world.size == 1) from error
 
-    def _settle(self) -> None:
-        """Wait until the save in flight, if there is one, is whole on all ranks, and raise what any of them met. Collective."""
+    def finish(self) -> None:
+        """Wait until the save in flight, if there is one, is whole and can be seen. Collective. UserError on all ranks when one failed."""
         if self._writing is None:
             return
         try:
@@ -224,9 +224,11 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """An exception may be this rank's alone, so that nothing collective may follow: a save in flight counts if all have finished it."""
-        if self._writing is not None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """An exception may be this rank's alone, so that nothing collective may follow it: what is in flight counts if all have written."""
+        if kind is None:
+            self.finish()
+        elif self._writing is not None:
             with suppress(Exception):
                 self._writing.result()
                 self.after_step()

@@ -219,8 +219,9 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, check
                 logger.log(record)
             if save:
                 state = {"step": step, "seconds": seconds} | facts | {"objective_state": plan.objective.state(world)}
-                checkpoints.save(state, engine, wait=stop or last)
+                checkpoints.save(state, engine)
             if stop and not last:
+                checkpoints.finish()
                 if world.is_main:
                     progress.close()
                     print(f"stopped at step {step} with a checkpoint; start the same command again to continue")

@@ -17,6 +17,7 @@ from rdtrain.checkpoint_storage import checkpoint_folder, checkpoint_steps
 from rdtrain.config import load_config
 from rdtrain.distributed import World
 from rdtrain.errors import UserError
+from rdtrain.export import export
 from rdtrain.metrics import read_metrics
 from rdtrain.train import train
 
@@ -43,7 +44,7 @@ def checkpointer(tmp_path):
         newest = made.newest_whole()
         return SimpleNamespace(
             newest=newest, after_step=made.after_step, context=made,
-            save=lambda step, wait=False: made.save({"step": step}, engine, wait), done=lambda: made._writing.done(),
+            save=lambda step: made.save({"step": step}, engine), finish=made.finish, done=lambda: made._writing.done(),
         )
 
     return make
@@ -56,39 +57,49 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.1), sync(descriptor)))
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize(
-    ("call", "fault"),
-    [
-        ("os.fsync", OSError(errno.ENOSPC, "No space left on device")), ("pathlib.Path.mkdir", OSError(errno.EROFS, "Read-only file system")),
-        ("rdtrain.checkpoint.publish", OSError(errno.EIO, "Input/output error")),
-    ],
-)
-def test_a_failed_save_leaves_the_checkpoint_before_it_and_says_so(tiny_config, tmp_path, monkeypatch, call, fault, asynchronous):
-    config = load_config(stopped_run(tiny_config, checkpoint={"interval": 4, "asynchronous": asynchronous}))
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
-    def fail(path, *_, **__):
-        if call != "pathlib.Path.mkdir" or ".step-" in str(path):
+
+def failing(fault: OSError):
+    """A function that does nothing but fail, where a checkpoint is written."""
+
+    def fail(first, *_, **__):
+        if isinstance(first, int) or ".step-" in str(first):
             raise fault
-        path.parent.is_dir()
 
-    monkeypatch.setattr(call, fail)
-    words = rf"checkpoint of step 8 could not be written .*{fault.strerror}.* the last whole one is of step 4.*free some disk"
-    with pytest.raises(UserError, match=words):
+    return fail
+
+
+def test_a_run_whose_checkpoint_cannot_be_written_says_so_and_continues_later(tiny_config, tmp_path, monkeypatch):
+    config = load_config(stopped_run(tiny_config))
+    monkeypatch.setattr(os, "fsync", failing(FULL))
+    with pytest.raises(UserError, match="checkpoint of step 8 could not be written "):
         train(config)
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000004"]
     monkeypatch.undo()
     assert train(config) == 0
     assert checkpoint_steps(tmp_path / "run") == [4, 8]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000008\n"
 
 
-def test_what_the_thread_meets_comes_up_at_the_next_step(checkpointer, tmp_path, monkeypatch):
-    run = checkpointer()
-    run.save(1, wait=True)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(UserError, match="checkpoint of step 2 could not be written .*No space left on device.* of step 1: free"), run.context:
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        ("os.fsync", FULL), ("pathlib.Path.mkdir", OSError(errno.EROFS, "Read-only file system")),
+        ("rdtrain.checkpoint.publish", OSError(errno.EIO, "Input/output error")), ("os.replace", FULL),
+    ],
+)
+def test_a_failed_save_leaves_the_one_before_and_comes_up_at_the_next_step(
+    checkpointer, tmp_path, monkeypatch, call, fault, asynchronous
+):
+    run = checkpointer(asynchronous=asynchronous)
+    run.save(1)
+    run.finish()
+    monkeypatch.setattr(call, failing(fault))
+    words = rf"checkpoint of step 2 could not be written to .*{fault.strerror}.* the last whole one is of step 1: free some disk space"
+    with pytest.raises(UserError, match=words), run.context:
         run.save(2)
+        assert asynchronous
         while not run.done():
             time.sleep(0.01)
         run.after_step()
@@ -108,7 +119,8 @@ def test_training_goes_on_while_one_checkpoint_at_a_time_is_written(checkpointer
     assert checkpoint_steps(tmp_path / "run") == [1]
     run.after_step()
     assert checkpoint_steps(tmp_path / "run") == [1, 2]
-    run.save(3, wait=True)
+    with run.context:
+        run.save(3)
     assert checkpoint_steps(tmp_path / "run") == [2, 3]
 
 
@@ -159,13 +171,13 @@ def test_the_newest_are_kept_and_every_so_many(tiny_config, tmp_path):
 
 
 def test_a_damaged_checkpoint_counts_for_none_of_those_that_are_kept(checkpointer, tmp_path):
-    run = checkpointer()
+    run = checkpointer(asynchronous=False)
     for step in (1, 2, 3):
-        run.save(step, wait=True)
+        run.save(step)
     (checkpoint_folder(tmp_path / "run", 3) / "state.json").unlink()
-    run = checkpointer()
+    run = checkpointer(asynchronous=False)
     assert run.newest == 2
-    run.save(4, wait=True)
+    run.save(4)
     assert checkpoint_steps(tmp_path / "run") == [2, 4]
 
 
@@ -181,40 +193,93 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config, tmp_path, rdtrain
     refused(rdtrain("train", "--config", third), "of another model", "width is 32 there and 64 here")
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny_config, tmp_path, rdtrain, refused):
-    """Damage of every kind, one after the other in the same run, through the command; the weights at the end are the same."""
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny_config, tmp_path, rdtrain):
+    """The weights at the end are the same."""
     config = tiny_config(checkpoint={"interval": 2, "keep": 4}, evaluation={"interval": 8})
-    assert rdtrain("train", "--config", config).returncode == 0
-    folders = {step: checkpoint_folder(tmp_path / "run", step) for step in checkpoint_steps(tmp_path / "run")}
+    assert train(load_config(config)) == 0
+    folders = {step: checkpoint_folder(tmp_path / "run", step) for step in (2, 4, 6, 8)}
     end = (folders[8] / "model.safetensors").read_bytes()
-    verified = rdtrain("checkpoint", "verify", tmp_path / "run")
-    assert verified.returncode == 0 and verified.stdout.count(": whole") == 4
     os.truncate(folders[8] / "state.json", 100)
     (folders[6] / "model.safetensors").unlink()
     shard = bytearray((folders[4] / "shard-0.safetensors").read_bytes())
     shard[-1000] ^= 1
     (folders[4] / "shard-0.safetensors").write_bytes(shard)
+    reasons = {8: "state.json has 100 bytes", 6: "model.safetensors is missing", 4: "shard-0.safetensors does not have the checksum"}
     verified = rdtrain("checkpoint", "verify", tmp_path / "run")
-    assert verified.returncode == 1 and verified.stdout.count(": damaged") == 3 and f"{folders[2]}: whole" in verified.stdout
+    assert verified.returncode == 1 and len(verified.stdout.splitlines()) == 4 and f"{folders[2]}: whole" in verified.stdout
     result = rdtrain("train", "--config", config)
     assert result.returncode == 0 and "continuing from step 2" in result.stdout, result.stderr
-    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
-    for step, reason in ((8, "state.json has 100 bytes"), (6, "model.safetensors is missing"), (4, "shard-0.safetensors does not have the ch")):
-        assert sum(str(folders[step]) in line and reason in line and "step 2" in line for line in warnings) == 1, warnings
-    assert len(warnings) == 3 and (folders[8] / "model.safetensors").read_bytes() == end
-    assert rdtrain("checkpoint", "verify", folders[8]).stdout == f"{folders[8]}: whole\n"
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: checkpoint")]
+    assert len(warnings) == 3
+    for step, reason in reasons.items():
+        assert f"{folders[step]}: damaged ({reason}" in verified.stdout
+        assert sum(f"{folders[step]} is damaged ({reason}" in line and "continues from the one of step 2" in line for line in warnings) == 1
+    assert (folders[8] / "model.safetensors").read_bytes() == end
 
 
-def test_a_run_without_a_whole_checkpoint_stops_and_touches_nothing(tiny_config, tmp_path, rdtrain, refused):
+def test_a_run_without_a_whole_checkpoint_stops_and_touches_nothing(tiny_config, tmp_path):
     config = stopped_run(tiny_config)
     folder = checkpoint_folder(tmp_path / "run", 4)
-    for change in (lambda: (folder / "state.json").write_bytes(b"{"), lambda: (folder / "manifest.json").unlink()):
-        change()
-        before = sorted(folder.iterdir())
-        refused(rdtrain("train", "--config", config), "none of the 1 checkpoints", "is whole", "step 4", "delete that folder to train from the")
-        assert sorted(folder.iterdir()) == before
-    refused(rdtrain("export", tmp_path / "run", "--output", tmp_path / "model"), "step-00000004 is damaged", "manifest.json is missing")
-    refused(rdtrain("train", "--config", tiny_config("next", checkpoint={"start_from": str(folder)})), "step-00000004 is damaged")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    reason = "model.safetensors does not have the checksum"
+    with pytest.raises(UserError, match=f"none of the 1 checkpoints in .* is whole .of step 4, {reason}.*delete that folder to train from"):
+        train(load_config(config))
+    with pytest.raises(UserError, match=f"step-00000004 is damaged .{reason}"):
+        export(tmp_path / "run", tmp_path / "model")
+    with pytest.raises(UserError, match=f"step-00000004 is damaged .{reason}"):
+        train(load_config(tiny_config("next", checkpoint={"start_from": str(folder)})))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+from rdtrain.config import load_config
+from rdtrain.train import train
+
+config = load_config(Path(sys.argv[1]))
+CALLS = {"fsync", "replace", "rename", "unlink", "rmdir"}
+
+def trained(stage=None):  # in a process of its own, which dies in any of its threads before the call of that number
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls = 0
+    def count(frame, event, function):
+        nonlocal calls
+        if event == "c_call" and function.__name__ in CALLS and getattr(function, "__module__", None) == "posix":
+            if calls == stage:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+    threading.setprofile(count)
+    sys.setprofile(count)
+    os._exit(train(config))
+
+kills = 0
+for stage in map(int, sys.argv[2:]):
+    code = trained(stage)
+    assert code in (0, -signal.SIGKILL), code
+    kills += code != 0
+assert trained() == 0
+print("kills", kills)
+"""
+
+
+def test_a_run_killed_in_its_saves_ends_as_if_nothing_had_happened(tiny_config, tmp_path):
+    """Real kills: each start lives for so many more calls to the file system, of whichever thread."""
+    settings = {"checkpoint": {"interval": 2}, "evaluation": {"interval": 8}}
+    assert train(load_config(tiny_config("whole", **settings))) == 0
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tiny_config("parts", **settings)), "4", "9", "14", "19", "21", "24", "16", "30"],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) >= 6 and checkpoint_steps(tmp_path / "parts") == [6, 8]
+    weights = [(checkpoint_folder(tmp_path / run, 8) / "model.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    assert [path.name for path in (tmp_path / "parts/checkpoints").glob(".*")] == []
 
 
 def test_a_folder_without_a_checkpoint_cannot_be_started_from(tiny_config, tmp_path, rdtrain, refused):

@@ -22,8 +22,9 @@ from rdtrain.checkpoint_storage import (
 )
 
 TENSORS = {
-    "bfloat": torch.arange(15, dtype=torch.bfloat16).reshape(3, 5), "scalar": torch.tensor(7.0), "bytes": torch.arange(5, dtype=torch.uint8),
-    "turned": torch.arange(12.0).reshape(3, 4).T, "none": torch.zeros(0, 4), "truth": torch.tensor([True, False, True]),
+    "bfloat": torch.arange(15, dtype=torch.bfloat16).reshape(3, 5), "scalar": torch.tensor(7.0),
+    "bytes": torch.arange(5, dtype=torch.uint8), "turned": torch.arange(12.0).reshape(3, 4).T, "none": torch.zeros(0, 4),
+    "truth": torch.tensor([True, False, True]),
     "whole": torch.tensor([-(2**40), 3]), "large": torch.arange(5_000_000.0),
 }
 
@@ -33,7 +34,8 @@ def saved(run: Path, step: int) -> Path:
     folder, target = temporary_folder(run, step, start=1), checkpoint_folder(run, step)
     write_files(folder, 1, {"shard-1.safetensors": {"b": torch.full((300,), float(step))}})
     assert written_files(folder, 2) is None  # rank 0 is not done
-    write_files(folder, 0, {"shard-0.safetensors": {"a": torch.full((200,), float(step))}, "state.json": json.dumps({"step": step}).encode()})
+    state = json.dumps({"step": step}).encode()
+    write_files(folder, 0, {"shard-0.safetensors": {"a": torch.full((200,), float(step))}, "state.json": state})
     publish(folder, target, written_files(folder, 2))
     return target
 
@@ -68,7 +70,8 @@ def lengthen(path: Path) -> None:
     [
         (Path.unlink, "missing"), (lambda path: os.truncate(path, path.stat().st_size // 2), "bytes and was"), (lengthen, "bytes and was"),
         (flip, "checksum"), (lambda path: flip(path, 0.0), "checksum"), (lambda path: path.write_bytes(b""), "bytes and was"),
-        (lambda path: path.write_bytes(b"{}"), "bytes and was"), (lambda path: (path.unlink(), path.mkdir()), "bytes and was|cannot be read"),
+        (lambda path: path.write_bytes(b"{}"), "bytes and was"),
+        (lambda path: (path.unlink(), path.mkdir()), "bytes and was|cannot be read"),
     ],
     ids=["missing", "cut", "longer", "bit", "first bit", "empty", "braces", "folder"],
 )
