@@ -226,15 +226,17 @@ class Checkpointer:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """An exception may be this rank's alone, so that nothing collective may follow it: what is in flight counts if all have written."""
-        if kind is None:
-            self.finish()
-        elif self._writing is not None:
-            with suppress(Exception):
-                self._writing.result()
-                self.after_step()
-            if self._world.is_main and not self._published:
-                shutil.rmtree(self._temporary, ignore_errors=True)
-        self._thread.shutdown()
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            if self._writing is not None:
+                with suppress(Exception):
+                    self._writing.result()
+                    self.after_step()
+                if self._world.is_main and not self._published:
+                    shutil.rmtree(self._temporary, ignore_errors=True)
+            self._thread.shutdown()
 
 
 def _reason(error: OSError) -> str:

@@ -3,7 +3,7 @@
     checkpoints/
       step-00000200/           a whole checkpoint: its files, and manifest.json with the size and CRC-32 of each
       latest                   the newest one's name, for scripts; moves last
-      .step-00000300.START.saving/   one that is being written; swept at the next start
+      .step-00000300.START.saving/  one that is being written; swept at the next start
 
 This file knows no engine: a checkpoint is files of bytes or of tensors by name (safetensors). Several ranks write into one folder, on a
 file system that they all share, and agree without a collective call, so that a background thread can write: a rank's last file is

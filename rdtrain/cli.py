@@ -203,6 +203,8 @@ def _add_checkpoint(verbs) -> None:
 def _checkpoint_verify(arguments) -> int:
     from .checkpoint_storage import checkpoint_folder, checkpoint_steps, find_damage
 
+    if not arguments.folder.is_dir():
+        raise UserError(f"there is no folder {arguments.folder}: give a run folder or one of its checkpoints/step-* folders")
     folders = [checkpoint_folder(arguments.folder, step) for step in checkpoint_steps(arguments.folder)] or [arguments.folder]
     damages = [find_damage(folder) for folder in folders]
     for folder, damage in zip(folders, damages):

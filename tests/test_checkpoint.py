@@ -76,6 +76,7 @@ def test_a_run_whose_checkpoint_cannot_be_written_says_so_and_continues_later(ti
     with pytest.raises(UserError, match="checkpoint of step 8 could not be written "):
         train(config)
     monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000004"]
     assert train(config) == 0
     assert checkpoint_steps(tmp_path / "run") == [4, 8]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000008\n"
@@ -135,9 +136,9 @@ def test_a_run_that_ends_by_an_error_keeps_the_checkpoint_in_flight(checkpointer
 def test_asynchronous_saves_hold_what_synchronous_ones_do(tiny_config, tmp_path, slow_disk):
     """To the bit, though the weights have moved on long before they are written."""
     for name in (True, False):
-        settings = {"interval": 2, "keep": 9, "asynchronous": name}
+        settings = {"interval": 4, "asynchronous": name}
         assert train(load_config(tiny_config(str(name), checkpoint=settings, evaluation={"interval": 8}))) == 0
-    for step in (2, 4, 6, 8):
+    for step in (4, 8):
         folders = [checkpoint_folder(tmp_path / name, step) for name in ("True", "False")]
         names = [{path.name for path in folder.iterdir()} for folder in folders]
         assert names[0] == names[1] == {"manifest.json", "model.safetensors", "shard-0.safetensors", "state.json", "tokenizer.model"}
@@ -273,7 +274,8 @@ def test_a_run_killed_in_its_saves_ends_as_if_nothing_had_happened(tiny_config, 
     assert train(load_config(tiny_config("whole", **settings))) == 0
     result = subprocess.run(
         [sys.executable, "-c", KILLED, str(tiny_config("parts", **settings)), "4", "9", "14", "19", "21", "24", "16", "30"],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) >= 6 and checkpoint_steps(tmp_path / "parts") == [6, 8]
