@@ -85,7 +85,8 @@ def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: 
             {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
         ]
         if parameters[0] is model.embedding.weight:
-            groups.append({"params": [groups[0]["params"].pop(0)], "weight_decay": optimizer.weight_decay, "lr": RATE * optimizer.embedding_scale})
+            embedding = groups[0]["params"].pop(0)
+            groups.append({"params": [embedding], "weight_decay": optimizer.weight_decay, "lr": RATE * optimizer.embedding_scale})
         return torch.optim.AdamW(groups, lr=RATE, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
     shared = adamw([p for name, p in model.named_parameters() if not name.startswith("cores")])
