@@ -32,7 +32,10 @@ def main() -> None:
         epilog="`rdtrain VERB --help` explains each verb.",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_corpus, _add_tokenizer, _add_shard, _add_train, _add_compare, _add_evaluate, _add_export, _add_generate):
+    jobs = (
+        _add_corpus, _add_tokenizer, _add_shard, _add_train, _add_checkpoint, _add_compare, _add_evaluate, _add_export, _add_generate
+    )
+    for add in jobs:
         add(verbs)
     arguments = parser.parse_args()
     with user_errors_as_exit():
@@ -184,6 +187,29 @@ def train_main() -> None:
     add_train_arguments(parser)
     with user_errors_as_exit():
         raise SystemExit(_train(parser.parse_args()))
+
+
+def _add_checkpoint(verbs) -> None:
+    actions = verbs.add_parser("checkpoint", help="check checkpoints", description="The checkpoints of a run.").add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
+    parser = _verb(
+        actions, "verify", _checkpoint_verify, "check every file of a checkpoint against its size and checksum",
+        "Prints a line for each checkpoint; the exit code is 1 when one of them is damaged.",
+    )
+    parser.add_argument("folder", type=Path, help="a run folder (all its checkpoints) or a checkpoint folder")
+
+
+def _checkpoint_verify(arguments) -> int:
+    from .checkpoint_storage import checkpoint_folder, checkpoint_steps, find_damage
+
+    if not arguments.folder.is_dir():
+        raise UserError(f"there is no folder {arguments.folder}: give a run folder or one of its checkpoints/step-* folders")
+    folders = [checkpoint_folder(arguments.folder, step) for step in checkpoint_steps(arguments.folder)] or [arguments.folder]
+    damages = [find_damage(folder) for folder in folders]
+    for folder, damage in zip(folders, damages):
+        print(f"{folder}: whole" if damage is None else f"{folder}: damaged ({damage})")
+    return int(any(damages))
 
 
 def _add_compare(verbs) -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import checkpoint_folder, checkpoint_steps, load_weights, read_state
+from .checkpoint import load_weights, read_state, refuse_damaged
+from .checkpoint_storage import checkpoint_folder, checkpoint_steps
 from .data.output import output_folder
 from .errors import UserError
 from .model import generation, recurrent
 from .model.noise import NoiseSchedule
-from .model.tokenizer import Tokenizer
 from .objectives import Objective, ObjectiveSettings, build_objective
 from .randomness import SampleRandom
 
@@ -41,12 +41,6 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
     model = recurrent.RecurrentDepthLM(recurrent.ModelConfig(**state["model"]))
     dtype = getattr(torch, state["precision"])
     load_weights(source, model.to(dtype))
-    try:
-        tokenizer_hash = Tokenizer(source / "tokenizer.model").hash
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"checkpoint {source} has lost its tokenizer ({error}): copy it there from the shards' folder") from None
-    if tokenizer_hash != state["tokenizer_hash"]:
-        raise UserError(f"the tokenizer.model in {source} is not the one that it was trained with: copy it there from the shards' folder")
     with output_folder(output, "config.json", overwrite) as folder:
         for file in sorted(MODEL_FILES.glob("*.py")):
             shutil.copyfile(file, folder / file.name)
@@ -62,13 +56,14 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
 
 
 def newest_checkpoint(source: Path) -> Path:
-    """A checkpoint folder itself, or the newest checkpoint of a run folder. UserError when there is none."""
-    if (source / "state.json").exists():
-        return source
-    steps = checkpoint_steps(source)
-    if not steps:
-        raise UserError(f"{source} holds no checkpoint: give a run folder that has trained, or one of its checkpoints/step-* folders")
-    return checkpoint_folder(source, steps[-1])
+    """A checkpoint folder itself, or the newest checkpoint of a run folder. UserError when there is none, or it is damaged."""
+    if not (source / "state.json").exists():
+        steps = checkpoint_steps(source)
+        if not steps:
+            raise UserError(f"{source} holds no checkpoint: give a run folder that has trained, or one of its checkpoints/step-* folders")
+        source = checkpoint_folder(source, steps[-1])
+    refuse_damaged(source, ["state.json", "model.safetensors", "tokenizer.model"])
+    return source
 
 
 def exported_config(state: dict) -> dict:

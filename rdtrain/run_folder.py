@@ -81,8 +81,8 @@ def _refuse_other_config(recorded: Path, config: Config) -> None:
 
 
 def record_facts(folder: Path, facts: dict) -> None:
-    """Write run.json: `facts`, and the command, versions and machine of this start."""
-    write_atomically(folder / "run.json", json.dumps(facts | start_facts(facts["device"]), indent=2) + "\n")
+    """Write run.json."""
+    write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def start_facts(device: str) -> dict:

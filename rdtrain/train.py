@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import checkpoint_folder, checkpoint_steps, load_checkpoint, load_weights, refuse_other_model, save_checkpoint
+from .checkpoint import Checkpointer, load_weights, refuse_other_model
 from .config import Config
 from .data.loader import Loader, rank_indices
 from .data.shards import ShardReader
@@ -29,7 +29,7 @@ from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective, build_objective
 from .optimization import learning_rate
 from .randomness import SampleRandom
-from .run_folder import PeakMemory, claimed, record_facts
+from .run_folder import PeakMemory, claimed, record_facts, start_facts
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, as a shell counts SIGINT."""
@@ -101,10 +101,11 @@ def train(config: Config) -> int:
     plan = Plan.make(config, world)
     with claimed(config, world) as folder:
         start_processes(config.engine, world)
-        saved = world.gather(checkpoint_steps(folder))[0]  # rank 0 speaks for all: it has the lock
-        if saved and saved[-1] >= plan.total_steps:
+        checkpoints = Checkpointer(folder, config.checkpoint, plan.tokenizer, world)
+        saved = checkpoints.newest_whole()
+        if saved is not None and saved >= plan.total_steps:
             if world.is_main:
-                print(f"{folder} is complete at step {saved[-1]}; nothing to do")
+                print(f"{folder} is complete at step {saved}; nothing to do")
             return 0
         memory = PeakMemory(world.device)
         torch.manual_seed(config.run.seed)
@@ -121,8 +122,8 @@ def train(config: Config) -> int:
             engine.warm_up(_on_device(plan.loader.batch(indices), world.device), SampleRandom(config.run.seed, indices, world.device))
             plan.objective.load_state(untouched, world)
         state = {"step": 0, "seconds": 0.0}
-        if saved:
-            state = load_checkpoint(checkpoint_folder(folder, saved[-1]), engine, plan.tokenizer_hash, world)
+        if saved is not None:
+            state = checkpoints.load(saved, engine, plan.tokenizer_hash)
             plan.objective.load_state(state["objective_state"], world)
         dtype = config.engine.dtype(world.device)
         facts = {
@@ -140,6 +141,7 @@ def train(config: Config) -> int:
             "precision": str(dtype).removeprefix("torch."),
             "attention": attention_backend(world.device, dtype),
             **engine.facts,
+            **start_facts(world.device.type),
         }
         if world.is_main:
             record_facts(folder, facts)
@@ -147,14 +149,14 @@ def train(config: Config) -> int:
                 f"{config.run.name}: {parameters / 1e6:.2f}M parameters, {plan.total_steps} steps of {plan.tokens_per_step} tokens, "
                 f"{plan.flops_per_step / plan.tokens_per_step / 1e6:.1f} MFLOPs a token, {world.size} x {world.device.type} "
                 f"{facts['precision']}, attention by {facts['attention']}"
-                + (f", continuing from step {state['step']}" if saved else "")
+                + (f", continuing from step {saved}" if saved is not None else "")
             )
         facts["config"] = asdict(config)
-        return _train_steps(config, plan, engine, world, memory, facts, state["step"], state["seconds"])
+        return _train_steps(config, plan, engine, world, checkpoints, memory, facts, state["step"], state["seconds"])
 
 
-def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memory: PeakMemory, facts: dict, step: int,
-                 seconds: float) -> int:
+def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, checkpoints: Checkpointer, memory: PeakMemory, facts: dict,
+                 step: int, seconds: float) -> int:
     """The loop, from a step at which so many seconds have been trained; `facts` go into every checkpoint."""
     folder = Path(config.run.folder)
     batch, schedule = config.batch, config.schedule
@@ -163,7 +165,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
         logger.log({"step": 0, "tokens": 0, "training_flops": 0.0, "seconds": 0.0} | plan.evaluator(engine))
     sums, logged_step, logged_seconds = MetricSums(), step, seconds
     progress = tqdm(total=plan.total_steps, initial=step, desc=config.run.name, unit="step", disable=not world.is_main, mininterval=1)
-    with closing(logger), progress, stop_signals(world) as stop_agreed:
+    with closing(logger), progress, checkpoints, stop_signals(world) as stop_agreed:
         while step < plan.total_steps:
             started = time.perf_counter()
             rate = learning_rate(step, plan.total_steps, config.optimizer, schedule)
@@ -179,6 +181,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                 sums.add(loss.metrics)
             step += 1
             plan.objective.after_step(step, world)
+            checkpoints.after_step()
             stop = stop_agreed()
             last = step == plan.total_steps
             evaluate = last or step % config.evaluation.interval == 0
@@ -216,8 +219,9 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, memor
                 logger.log(record)
             if save:
                 state = {"step": step, "seconds": seconds} | facts | {"objective_state": plan.objective.state(world)}
-                save_checkpoint(folder, state, engine, plan.tokenizer, config.checkpoint.keep, world)
+                checkpoints.save(state, engine)
             if stop and not last:
+                checkpoints.finish()
                 if world.is_main:
                     progress.close()
                     print(f"stopped at step {step} with a checkpoint; start the same command again to continue")

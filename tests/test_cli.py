@@ -23,7 +23,9 @@ def test_text_to_shards_by_the_commands_alone(rdtrain, text_folder, tmp_path):
     assert manifest["vocab_size"] == 700 and manifest["tokens"] > 50_000
 
 
-@pytest.mark.parametrize("verb", ["", "corpus", "tokenizer train", "shard", "train", "compare", "evaluate", "export", "generate"])
+@pytest.mark.parametrize(
+    "verb", ["", "corpus", "tokenizer train", "shard", "train", "checkpoint verify", "compare", "evaluate", "export", "generate"]
+)
 def test_every_verb_explains_itself(rdtrain, verb):
     result = rdtrain(*verb.split(), "--help")
     assert result.returncode == 0 and len(result.stdout) > 200

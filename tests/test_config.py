@@ -65,6 +65,7 @@ def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
         ("objective: {name: one_pass, gradient: full}", ["gradient belongs to name=bptt, and name is one_pass: leave it out"]),
         ("data: {sequence_length: 0}", ["sequence_length must be at least 1"]),
         ("checkpoint: {keep: 0}", ["interval and keep must be at least 1"]),
+        ("checkpoint: {interval: 100, keep_every: 250}", ["keep_every must be 0 or a multiple of interval=100, and it is 250"]),
         ("model: [1, 2", ["not valid YAML"]),
         ("- a\n- b", ["must hold sections", "list"]),
         ("base: missing.yaml", ["missing.yaml does not exist"]),
