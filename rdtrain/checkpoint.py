@@ -4,7 +4,7 @@
       state.json         step, seconds trained, model, objective and its state, tokenizer hash, ranks: what a loader checks first
       model.safetensors  the weights, whole and once; with the tokenizer, what `rdtrain export` reads
       tokenizer.model    the tokenizer of the shards
-      engine files       weights and optimizer state as the engine keeps them, a part from each rank
+      shard-RANK.safetensors  the rank's share of fp32 weights and optimizer state, whole tensors by name (Engine.snapshot)
       random-RANK.pt     the rank's torch generators
 
 A checkpoint is written under a temporary name and renamed when every rank has finished, so one that can be seen is whole, and a
@@ -16,12 +16,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .distributed import World
 from .engine import Engine
@@ -72,7 +75,7 @@ def save_checkpoint(run_folder: Path, state: dict, engine: Engine, tokenizer: Pa
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         world.barrier()
-        engine.save(temporary)
+        save_file(engine.snapshot(), temporary / f"shard-{world.rank}.safetensors")
         torch.save(_random_state(world), temporary / f"random-{world.rank}.pt")
         weights = engine.weights()
         if world.is_main:
@@ -138,27 +141,41 @@ def load_weights(folder: Path, model: RecurrentDepthLM) -> None:
 
 
 def load_checkpoint(folder: Path, engine: Engine, tokenizer_hash: str, world: World) -> dict:
-    """Restore engine and generators on every rank; returns the state. UserError when the checkpoint does not fit the run."""
+    """Restore engine and generators on every rank, whichever engine and ranks wrote the checkpoint; returns the state.
+
+    A rank that had no part in writing keeps its generators. UserError when the checkpoint does not fit the run.
+    """
     refuse_other_model(folder, engine.model.config, tokenizer_hash)
     state = read_state(folder)
-    if state["ranks"] != world.size:
-        raise UserError(
-            f"checkpoint {folder} was written by {state['ranks']} ranks and this run has {world.size}: start it with "
-            f"{state['ranks']} processes"
-        )
+    generators = folder / f"random-{world.rank}.pt"
+    random_state = {}
     try:
-        engine.load(folder)
-        random_state = torch.load(folder / f"random-{world.rank}.pt", weights_only=True)
+        with ExitStack() as opened:
+            engine.restore(_reader(folder, opened))
+        if generators.exists():
+            random_state = torch.load(generators, weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # every library has exceptions of its own for a damaged file
         reason = first_line(error)
         raise UserError(
             f"checkpoint {folder} cannot be loaded ({reason}): it is damaged; delete that folder to continue from the one before",
             everywhere=False,
         ) from error
-    torch.set_rng_state(random_state["cpu"])
-    if "cuda" in random_state:
+    if "cpu" in random_state:
+        torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state and world.device.type == "cuda":
         torch.cuda.set_rng_state(random_state["cuda"])
     return state
+
+
+def _reader(folder: Path, opened: ExitStack) -> Callable[[str], Tensor]:
+    """A function that reads one tensor by name from whichever rank's share holds it, while `opened` is open."""
+    files = {}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        file = opened.enter_context(safe_open(path, "pt"))
+        files |= dict.fromkeys(file.keys(), file)
+    return lambda name: files[name].get_tensor(name)
 
 
 def _random_state(world: World) -> dict:

@@ -109,10 +109,14 @@ class Config:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def result_settings(self) -> dict:
-        """The sections that decide what is computed; a run continues only where these are unchanged."""
+        """The settings that decide what is computed; a run continues only where these are unchanged.
+
+        Engine, micro-batches and ranks change how a step is computed, and its results by no more than rounding.
+        """
         sections = ("data", "model", "objective", "noise", "batch", "optimizer", "schedule", "engine")
         settings = {name: dataclasses.asdict(getattr(self, name)) for name in sections} | {"seed": self.run.seed}
-        del settings["optimizer"]["learning_rate_source"]
+        del settings["optimizer"]["learning_rate_source"], settings["batch"]["micro_sequences"]
+        settings["engine"] = {"precision": self.engine.precision}
         return settings
 
 

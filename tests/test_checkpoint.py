@@ -76,7 +76,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config, tmp_path, rdtrain
 
 def test_a_damaged_checkpoint_is_named(tiny_config, tmp_path, rdtrain, refused):
     config = stopped_run(tiny_config)
-    file = tmp_path / "run/checkpoints/step-00000004/torch.pt"
+    file = tmp_path / "run/checkpoints/step-00000004/shard-0.safetensors"
     os.truncate(file, file.stat().st_size // 2)
     refused(rdtrain("train", "--config", config), "step-00000004 cannot be loaded", "damaged")
 

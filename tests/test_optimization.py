@@ -1,7 +1,6 @@
 """The learning rate's shape, and which parameters decay."""
 
 import pytest
-import torch
 
 from rdtrain.optimization import OptimizerSettings, ScheduleSettings, build_optimizer, learning_rate, set_learning_rate
 
@@ -41,7 +40,11 @@ def test_the_embedding_learns_at_a_multiple_of_the_rate(build_model):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(learning_rate=0.0), dict(beta1=1.0), dict(weight_decay=-1.0), dict(gradient_clipping=-1.0), dict(epsilon=0.0), dict(embedding_scale=0.0)]
+    "settings",
+    [
+        dict(learning_rate=0.0), dict(beta1=1.0), dict(weight_decay=-1.0), dict(gradient_clipping=-1.0), dict(epsilon=0.0),
+        dict(embedding_scale=0.0),
+    ],
 )
 def test_impossible_optimizers_are_refused(settings):
     with pytest.raises(ValueError):

@@ -11,7 +11,10 @@ kept in memory.
 """
 
 import functools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +26,9 @@ from .shards import ShardReader
 BLOCK_WINDOWS = 64
 BUFFER_BLOCKS = 16
 FEISTEL_ROUNDS = 6
+STEPS_AHEAD = 4
+
+Item = TypeVar("Item")
 
 
 class SampleOrder:
@@ -89,6 +95,24 @@ class Loader:
         start = block * BLOCK_WINDOWS * self.sequence_length
         stop = start + BLOCK_WINDOWS * self.sequence_length + 1
         return self.reader.read(start, min(stop, len(self.reader)))
+
+
+def read_ahead(read: Callable[[int], Item], start: int, stop: int) -> Iterator[Item]:
+    """read(start), read(start + 1) ... read(stop - 1), made by one background thread up to STEPS_AHEAD before they are asked for.
+
+    A reader that meets a new buffer needs longer than a step of a small model, so one step ahead would not do. Errors come up where
+    their item would have. Close the iterator to end the thread early.
+    """
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        waiting = deque(pool.submit(read, step) for step in range(start, min(start + STEPS_AHEAD, stop)))
+        try:
+            for step in range(start, stop):
+                item = waiting.popleft().result()
+                if step + STEPS_AHEAD < stop:
+                    waiting.append(pool.submit(read, step + STEPS_AHEAD))
+                yield item
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def rank_indices(step: int, global_batch: int, world_size: int, rank: int, micro_batch: int) -> list[range]:

@@ -42,5 +42,5 @@ def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: O
     from .torch_engine import TorchEngine
 
     if settings.compile:
-        model.compile_parts()
+        objective.compile(model)
     return TorchEngine(TrainingModule(model, objective, dtype), optimizer, accumulation)

@@ -5,9 +5,8 @@ setting, and the losses do not depend on it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -112,9 +111,14 @@ class Engine(ABC):
         """The global gradient norm of the last step, before clipping."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into an existing folder; every rank calls this and writes its own files."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's share of the run's weights and optimizer state: whole fp32 tensors on the CPU, copies that training does not change
+        any more. Names are `weight/PARAMETER`, `exp_avg/PARAMETER`, `exp_avg_sq/PARAMETER`, `step/PARAMETER`; each name comes from exactly
+        one rank, and the names of one parameter from the same one. Collective."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on the same number of ranks."""
+    def restore(self, read: Callable[[str], Tensor]) -> None:
+        """Restore what all ranks' snapshots held, on any engine and number of ranks; read gives a whole tensor by name. Collective.
+
+        On the engine and ranks that made them the run goes on to the bit. UserError where this engine cannot keep what they hold.
+        """

@@ -5,9 +5,8 @@ The optimizer is torch's AdamW but for the blocks that it leaves out, so nothing
 
 import datetime
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -18,8 +17,8 @@ from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
+from .portable import Part, flat_part, gather, scatter
 
-TAG = "deepspeed"
 HOLDER = -1
 """A number that is no module's."""
 
@@ -47,6 +46,10 @@ class DeepSpeedEngine(Engine):
         self.model = module.model
         self._stage = config["zero_optimization"]["stage"]
         self._optimizer = build_optimizer(self.model, optimizer)  # ZeRO puts its flat shards into the groups of this very object
+        self._parameters = dict(self.model.named_parameters())
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}  # stage 3 leaves empty ones
+        groups = {parameter: index for index, group in enumerate(self._optimizer.param_groups) for parameter in group["params"]}
+        self._group = {name: groups[parameter] for name, parameter in self._parameters.items()}
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._norm: float | Tensor = 0.0
         self._held = list(self.model.cores.parameters()) if self._stage == 3 and module.objective.repeats_core else []
@@ -102,8 +105,44 @@ class DeepSpeedEngine(Engine):
     def gradient_norm(self) -> float:
         return float(self._norm if self._stage == 0 else self._engine.get_global_grad_norm())
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def snapshot(self) -> dict[str, Tensor]:
+        self._create_state()
+        return gather(self._parameters, self._shapes, self._part, self._engine.global_rank, self._engine.world_size, self._stage > 0)
 
-    def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag=TAG)
+    def restore(self, read: Callable[[str], Tensor]) -> None:
+        zero = self._engine.optimizer
+        self._create_state()
+        if self._stage == 3:
+            zero.checkpoint_event_prologue()  # drops what is gathered
+        scatter(self._parameters, self._part, read)
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)  # the weights that it runs
+            zero.checkpoint_event_epilogue()  # gathers the small ones that stay whole
+
+    def _create_state(self) -> None:
+        """Stage 3 fills in the groups only for the time of a step."""
+        if self._stage == 3:
+            self._engine.optimizer._set_fp32_optimizer_param_groups()
+        self._optimizer.create_state()
+        if self._stage == 3:
+            self._engine.optimizer._clear_fp32_optimizer_param_groups()
+
+    def _part(self, name: str) -> Part:
+        """DeepSpeed's functions for this (safe_get_full_optimizer_state) know no state before the first step, and give all ranks all."""
+        parameter, zero = self._parameters[name], self._engine.optimizer
+        if self._stage == 0:
+            return flat_part(0, parameter, self._optimizer.state[parameter])
+        if self._stage == 3:  # every parameter is divided among all ranks, the last of which may have less
+            group, first, elements = zero.grad_position[zero.get_param_id(parameter)]
+            flat, start = zero.fp32_partitioned_groups_flat[group], elements * self._engine.global_rank
+            elements = max(0, min(elements, parameter.ds_numel - start))
+        else:  # a group of parameters end to end is divided among the ranks
+            flat, fragment = self._optimizer.param_groups[self._group[name]]["params"][0], parameter._hp_mapping
+            first, start, elements = 0, 0, 0
+            if fragment is not None:
+                address = fragment.get_hp_fragment_address()
+                first, start, elements = address.start, fragment.lp_fragment_address.start, address.numel
+        return flat_part(start, flat, self._optimizer.state[flat], first, elements)

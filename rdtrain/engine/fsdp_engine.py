@@ -6,11 +6,10 @@ where an objective runs it many times over: it is gathered and its gradient redu
 train has no gradient at all, so it needs no more than BlockAdamW. On one rank all this computes what plain PyTorch does.
 """
 
+import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as sharded_checkpoint
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -22,9 +21,8 @@ from ..objectives import Loss
 from ..optimization import OptimizerSettings
 from ..randomness import SampleRandom
 from .base import MicroBatch, TrainingModule
+from .portable import Part, flat_part
 from .torch_engine import TorchEngine
-
-FOLDER = "fsdp"
 
 
 def shard(module: TrainingModule, world: World, dtype: torch.dtype) -> None:
@@ -46,7 +44,7 @@ class FSDPEngine(TorchEngine):
     def __init__(self, module: TrainingModule, optimizer: OptimizerSettings, accumulation: int, world: World, dtype: torch.dtype):
         shard(module, world, dtype)
         super().__init__(module, optimizer, accumulation)
-        self._world = world
+        self._rank, self._ranks = world.rank, world.size
 
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
         losses = super().train_step(micro_batches, learning_rate, block)
@@ -62,20 +60,14 @@ class FSDPEngine(TorchEngine):
         whole = {}
         for name, tensor in self.model.state_dict().items():
             tensor = tensor.full_tensor()
-            if self._world.is_main:
+            if self._rank == 0:
                 whole[name] = tensor.cpu()
         return whole
 
-    def save(self, folder: Path) -> None:
-        sharded_checkpoint.save(self._state(), checkpoint_id=folder / FOLDER)
-
-    def load(self, folder: Path) -> None:
-        sharded_checkpoint.load(self._state(), checkpoint_id=folder / FOLDER)  # into these very tensors
-
-    def _state(self) -> dict[str, Tensor | DTensor]:
-        self._optimizer.create_state()
-        tensors = {}
-        for name, parameter in self.model.named_parameters():
-            tensors[name] = parameter.detach()
-            tensors |= {f"{name}.{key}": value for key, value in self._optimizer.state[parameter].items()}
-        return tensors
+    def _part(self, name: str) -> Part:
+        parameter = self.model.get_parameter(name)
+        rows = math.ceil(parameter.shape[0] / self._ranks)  # fully_shard divides the first dimension, as torch.chunk does
+        start = min(self._rank * rows, parameter.shape[0]) * parameter.shape[1:].numel()
+        state = self._optimizer.state[parameter]
+        local = {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
+        return flat_part(start, parameter.detach().to_local(), local)

@@ -1,7 +1,6 @@
 """Plain PyTorch in one process: the engine that every other is measured against."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,13 @@ from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
 from .base import Engine, MicroBatch, TrainingModule
+from .portable import Part, flat_part, gather, scatter
 
 
 class TorchEngine(Engine):
     """Steps a module with torch's own means; the weights are fp32."""
+
+    _rank, _ranks = 0, 1
 
     def __init__(self, module: TrainingModule, optimizer: OptimizerSettings, accumulation: int):
         """accumulation: micro-batches per step."""
@@ -57,10 +59,16 @@ class TorchEngine(Engine):
     def gradient_norm(self) -> float:
         return float(self._norm)
 
-    def save(self, folder: Path) -> None:
-        torch.save({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "torch.pt")
+    def snapshot(self) -> dict[str, Tensor]:
+        self._optimizer.create_state()
+        parameters = dict(self.model.named_parameters())
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        return gather(parameters, shapes, self._part, self._rank, self._ranks, sharded=self._ranks > 1)
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "torch.pt", map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+    def restore(self, read: Callable[[str], Tensor]) -> None:
+        self._optimizer.create_state()
+        scatter(dict(self.model.named_parameters()), self._part, read)
+
+    def _part(self, name: str) -> Part:
+        parameter = self.model.get_parameter(name)
+        return flat_part(0, parameter, self._optimizer.state[parameter])

@@ -259,7 +259,7 @@ class RecurrentDepthLM(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
-        for part in ("_prelude", "coda", "losses"):
+        for part in ("_prelude", "coda", "losses", "unit_embedding"):
             setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
         for core in self.cores:  # their weights are inputs of the compiled code, which they share
             core.forward = torch.compile(core.forward, dynamic=False, fullgraph=True)

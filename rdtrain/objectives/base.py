@@ -94,6 +94,10 @@ class Objective(ABC):
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """The model's next-token distribution as logits [B, T, V], from inputs [B, T] and noise, never from a target."""
 
+    def compile(self, model: RecurrentDepthLM) -> None:
+        """Compile what a training step computes with this model."""
+        model.compile_parts()
+
     @abstractmethod
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Operations per trained token, forward and backward."""

@@ -46,6 +46,12 @@ class DiffusionBlocks(Objective):
         self.blocks = blocks
         self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
         self._divide()
+        self._denoise_state = denoise_state
+
+    def compile(self, model: RecurrentDepthLM) -> None:
+        super().compile(model)
+        if self.blocks == 1:  # of several, the cores alone share their compiled code
+            self._denoise_state = torch.compile(denoise_state, dynamic=False, fullgraph=True)
 
     def _divide(self) -> None:
         """Divide the noise levels into iterations, by the curve as it is now."""
@@ -82,7 +88,7 @@ class DiffusionBlocks(Objective):
         iteration, sigma = self.draw(random, targets.shape[1])
         block, sigma_data = self.active_block(random) or 0, self.noise.sigma_data(model.config.width)
         y, eps = model.unit_embedding(targets), random.normal(targets.shape[1], model.config.width)
-        z, e = y + sigma.unsqueeze(-1) * eps, model.prelude(inputs)
+        z, e = torch.addcmul(y, sigma.unsqueeze(-1), eps), model.prelude(inputs)
         # Zeros, and not None, where no row is told anything: an engine of several ranks needs the same gradients on each.
         previous = torch.zeros_like(y) if self.self_conditioning else None
         rows = [row for row, index in enumerate(random.indices) if index % 2 == 0]
@@ -94,7 +100,7 @@ class DiffusionBlocks(Objective):
                 z = z.index_copy(0, rows, led_to)
             if self.self_conditioning:
                 previous = previous.index_copy(0, rows, estimate)
-        state, conditioning, evidence = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
+        state, conditioning, evidence = self._denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
         losses = model.losses(state, targets, conditioning, evidence)
         self.information.add(sigma, losses)
         weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses

@@ -1,13 +1,16 @@
 """The sample order is a permutation for every size, and batches are plain slices of the token stream, whatever the ranks."""
 
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from rdtrain.data.loader import Loader, SampleOrder, rank_indices, validation_windows
+from rdtrain.data.loader import STEPS_AHEAD, Loader, SampleOrder, rank_indices, read_ahead, validation_windows
 from rdtrain.data.shards import ShardReader, write_shards
+from rdtrain.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,31 @@ def test_faults(reader, fault):
     assert "make it a multiple of 6" in fault(lambda: rank_indices(0, 8, 3, 0, 2))
     with pytest.raises(ValueError):
         SampleOrder(0, seed=0)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (3, 5), (2, 20)])
+def test_reading_ahead_gives_every_item_once_in_order_and_runs_no_further_than_it_may(start, stop):
+    read = []
+    for number, item in enumerate(read_ahead(lambda step: (read.append(step), step)[1], start, stop), start=start):
+        assert item == number
+        assert read == list(range(start, start + len(read))) and len(read) <= number - start + 1 + STEPS_AHEAD
+    assert read == list(range(start, stop))
+
+
+def test_an_error_comes_up_where_its_item_would_have_and_closing_ends_the_thread():
+    def read(step):
+        if step == 2:
+            raise UserError("a damaged shard")
+        return step
+
+    items = read_ahead(read, 0, 10)
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(UserError, match="a damaged shard"):
+        next(items)
+    items = read_ahead(lambda step: step, 0, 10**9)
+    assert next(items) == 0
+    items.close()
+    deadline = time.monotonic() + 10
+    while any(thread.name.startswith("read-ahead") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from engines_process import whole_snapshot
 from torch.distributed.tensor import DTensor
 
 from rdtrain.data.loader import rank_indices
@@ -84,7 +85,8 @@ def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: 
             {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
         ]
         if parameters[0] is model.embedding.weight:
-            groups.append({"params": [groups[0]["params"].pop(0)], "weight_decay": optimizer.weight_decay, "lr": RATE * optimizer.embedding_scale})
+            embedding = groups[0]["params"].pop(0)
+            groups.append({"params": [embedding], "weight_decay": optimizer.weight_decay, "lr": RATE * optimizer.embedding_scale})
         return torch.optim.AdamW(groups, lr=RATE, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
     shared = adamw([p for name, p in model.named_parameters() if not name.startswith("cores")])
@@ -103,7 +105,7 @@ def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: 
     return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def check(settings: EngineSettings, clipping: float, world: World, folder: Path) -> None:
+def check(settings: EngineSettings, clipping: float, world: World) -> None:
     """AssertionError when one block trained is not what the reference says, or an idle one moved."""
     objective = DiffusionBlocks(NoiseSettings(), 6, blocks=BLOCKS)
     # An epsilon as large as small gradients: else Adam makes whole steps of those that rounding alone makes differ from zero.
@@ -131,9 +133,7 @@ def check(settings: EngineSettings, clipping: float, world: World, folder: Path)
     engine = build()
     train(engine, 0, 3)  # up to a checkpoint that block 2, not trained yet, must be in
     if clipping:
-        folder.mkdir(exist_ok=True)
-        world.barrier()
-        engine.save(folder)
+        saved = whole_snapshot(engine, world)
     train(engine, 3, STEPS)
     for group, parameters in optimizer_groups(engine):
         own_steps = STEPS if group["block"] is None else blocks.count(group["block"])
@@ -146,7 +146,7 @@ def check(settings: EngineSettings, clipping: float, world: World, folder: Path)
     if not clipping:
         return  # saving and loading has nothing to do with clipping: once is enough
     again = build()
-    again.load(folder)
+    again.restore(saved.__getitem__)
     train(again, 3, STEPS)
     for (block, first), (_, second) in zip(snapshot(engine), snapshot(again)):
         assert identical(first, second), f"block {block} of a resumed run is not that of the whole one"
@@ -161,7 +161,7 @@ def main() -> None:
         if way == "torch" and not world.is_main:
             continue
         case = f"{way} {precision} {clipping}"
-        check(EngineSettings(**WAYS[way], precision=precision), clipping, ALONE if way == "torch" else world, folder / case)
+        check(EngineSettings(**WAYS[way], precision=precision), clipping, ALONE if way == "torch" else world)
         if world.is_main:
             with (folder / "right.txt").open("a") as notes:
                 print(case, file=notes)

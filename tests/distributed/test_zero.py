@@ -55,7 +55,7 @@ def plain_run(path: Path) -> tuple[list[float], list[float], float]:
         cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = peak * (step + 1) / warmup if step < warmup else peak * (0.1 + 0.9 * cosine)
-        optimizer.param_groups[-1]["lr"] *= settings.embedding_scale
+        optimizer.param_groups[1]["lr"] *= settings.embedding_scale
         samples = range(step * config.batch.global_sequences, (step + 1) * config.batch.global_sequences)
         loss = objective(model, loader.batch(samples), SampleRandom(config.run.seed, samples, torch.device("cpu"), step)).value
         optimizer.zero_grad()
@@ -149,13 +149,6 @@ def test_an_interrupt_saves_a_checkpoint_and_the_next_start_continues(tiny_confi
             process.wait()
 
 
-def test_another_number_of_processes_is_refused_at_resume(tiny_config, tmp_path, deepspeed, refused):
-    path = tiny_config(engine={"name": "deepspeed"})
-    assert deepspeed("--config", path, processes=1).returncode == 0
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
-    result = deepspeed("--config", path)
-    assert result.returncode != 0
-    assert "written by 1 ranks and this run has 2" in result.stderr and "start it with 1 processes" in result.stderr
 
 
 def test_ranks_of_which_one_alone_is_told_estimates_train_as_one_process_does(tiny_config, tmp_path, deepspeed):

@@ -1,0 +1,42 @@
+"""What only a CUDA device can show. These tests skip themselves where there is none."""
+
+import pytest
+import torch
+
+from rdtrain.distributed import World, stop_signals
+from rdtrain.engine import EngineSettings, build_engine
+from rdtrain.model.noise import NoiseSettings
+from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.objectives import ObjectiveSettings, build_objective
+from rdtrain.optimization import OptimizerSettings
+from rdtrain.randomness import SampleRandom
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
+
+@pytest.fixture
+def no_waiting():
+    """A function after which every wait of the host for the device is an error, until the test ends."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["diffusion_blocks", "bptt", "one_pass"])
+def test_a_training_step_does_not_wait_for_the_device(name, no_waiting):
+    iterations, world = 1 if name == "one_pass" else 4, World(0, 1, 0, torch.device("cuda", 0))
+    objective = build_objective(ObjectiveSettings(name=name), NoiseSettings(), iterations, 1)
+    model = RecurrentDepthLM(ModelConfig(width=64, heads=2, mlp_width=64, iterations=iterations, vocab_size=50, **objective.model_fields))
+    engine = build_engine(EngineSettings(name="torch"), model, objective, OptimizerSettings(), 4, 1, world)
+    tokens = torch.randint(50, (4, 17), device=world.device)
+
+    def step(number):
+        engine.train_step([(tokens, SampleRandom(0, range(4), world.device, number))], 1e-3)
+
+    for number in range(2):
+        step(number)
+    with stop_signals(world) as stop_agreed:
+        stop_agreed()
+        no_waiting()
+        for number in range(2, 4):
+            step(number)
+            assert not stop_agreed()
