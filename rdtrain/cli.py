@@ -127,8 +127,8 @@ def _shard(arguments) -> None:
 def _add_train(verbs) -> None:
     parser = _verb(
         verbs, "train", _train, "train, or continue, a run in this process",
-        "The same as `deepspeed launch/train.py`, which starts several processes. Started again with the same config, a run "
-        "continues from its last checkpoint.",
+        "The same as launch/train.py, of which `deepspeed`, `torchrun` or `srun` start several processes. Started again with the same "
+        "config, a run continues from its last checkpoint.",
     )
     add_train_arguments(parser)
 
@@ -140,8 +140,15 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
     parser.add_argument(
         "--print-deepspeed-config", action="store_true",
-        help="print the DeepSpeed config that follows from the settings, for as many ranks as have been started, as JSON, and stop",
+        help="print the DeepSpeed config that follows from the settings, for as many processes as have been started, as JSON, and stop",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="check config, data and folder, print what the run will need (parameters, FLOPs, memory, traffic, disk), and stop with code 2 "
+        "if a start would be refused; no GPU is touched and nothing is written",
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run and --print-deepspeed-config: for N processes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="with the same two: on such processes (default: as on this machine)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; the environment says the same
 
 
@@ -152,11 +159,17 @@ def _train(arguments) -> int:
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return 0
-    from .distributed import World, leave
-
+    if arguments.dry_run:
+        return _dry_run(config, arguments.world_size, arguments.device)
     if arguments.print_deepspeed_config:
-        print(_deepspeed_config(config, World.from_environment()))
+        print(_deepspeed_config(config, arguments.world_size, arguments.device))
         return 0
+    if arguments.world_size is not None or arguments.device is not None:
+        raise UserError(
+            "--world-size and --device belong to --dry-run and --print-deepspeed-config: leave them out, as the launcher decides how many "
+            "processes there are"
+        )
+    from .distributed import leave
     from .train import train
 
     code = train(config)
@@ -164,13 +177,37 @@ def _train(arguments) -> int:
     return code
 
 
-def _deepspeed_config(config, world) -> str:
+def _world(world_size: int | None, device: str | None):
+    """The world that has been started or, where something of it is given, rank 0 of one that need not exist."""
+    import torch
+
+    from .distributed import World, present_device
+
+    if world_size is None and device is None:
+        return World.from_environment()
+    if world_size is not None and world_size < 1:
+        raise UserError(f"--world-size must be at least 1, and it is {world_size}: give the number of processes")
+    return World(0, world_size or 1, 0, torch.device(device or present_device()))
+
+
+def _dry_run(config, world_size: int | None, device: str | None) -> int:
+    from .dry_run import dry_run
+
+    table, refusals = dry_run(config, _world(1 if world_size is None else world_size, device))
+    print(table)
+    if refusals:
+        raise UserError("; ".join(refusals))
+    return 0
+
+
+def _deepspeed_config(config, world_size: int | None, device: str | None) -> str:
     import json
 
     from .engine import deepspeed_config
 
     if config.engine.name != "deepspeed":
         raise UserError(f"engine.name={config.engine.name} has no DeepSpeed config: set engine.name=deepspeed")
+    world = _world(world_size, device)
     accumulation = config.batch.accumulation(world.size)
     values = deepspeed_config(
         config.engine, config.optimizer, config.batch.micro_sequences, accumulation, world.size, world.device
@@ -181,7 +218,7 @@ def _deepspeed_config(config, world) -> str:
 def train_main() -> None:
     """What launch/train.py runs in each process."""
     parser = argparse.ArgumentParser(
-        description="One process of a training run; start it with `deepspeed launch/train.py --config FILE` or `torchrun`.",
+        description="One process of a training run; start it with `deepspeed launch/train.py --config FILE`, `torchrun` or `srun`.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_train_arguments(parser)

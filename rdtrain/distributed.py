@@ -1,6 +1,7 @@
 """The processes of a run: who this one is, and the few things that all of them say to each other.
 
-The launchers (`deepspeed`, `torchrun`) describe the world in environment variables; without them a run is a world of one.
+The launchers (`deepspeed`, `torchrun`) describe the world in environment variables, and so does SLURM for the tasks of an `srun`; without
+any of these a run is a world of one. What cannot be right is refused here, before a rank waits for others that will never come.
 """
 
 import datetime
@@ -15,8 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import UserError
+
 PROCESS_GROUP_MINUTES = 30
 """How long ranks wait for each other before a run is given up: generous, for a slow save or a first compile."""
+
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""The variables of `deepspeed` and `torchrun`: a process's number, how many there are, and its number on its machine."""
+
+SLURM_NAMES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+"""The same three, as `srun` tells them to its tasks."""
+
+MASTER_PORT = 29500
+"""Where rank 0 listens when SLURM's tasks are told nothing else: what torchrun and deepspeed take."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +42,21 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK; one CUDA device a process where there is CUDA, else the CPU."""
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        """Read RANK, WORLD_SIZE and LOCAL_RANK or, where no launcher has set them, what `srun` sets; one CUDA device a process where there
+        is CUDA, else the CPU.
+
+        A SLURM task's place is put into the launchers' variables, which torch and DeepSpeed read. UserError for variables that contradict
+        each other or leave something out, and for a process without a GPU of its own where others have one.
+        """
+        rank, size, local_rank = _from_launcher() or _from_slurm() or (0, 1, 0)
         device = torch.device("cpu")
         if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"process {local_rank} of this machine has no GPU of its own, as it sees {torch.cuda.device_count()}: start one "
+                    "process for each GPU and let each see all of them (under SLURM, by --gpus-per-node and not --gpus-per-task)",
+                    everywhere=False,
+                )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         return cls(rank, size, local_rank, device)
@@ -71,9 +93,92 @@ class World:
         return values
 
 
+def _number(name: str) -> int:
+    """The environment variable of that name. UserError when it is no whole number."""
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise UserError(f"the environment variable {name} must be a whole number, and it is '{value}': unset it, or correct the launcher")
+    return int(value)
+
+
+def _from_launcher() -> tuple[int, int, int] | None:
+    """Rank, size and local rank by the variables of `deepspeed` and `torchrun`; None where there are none of them."""
+    missing = [name for name in LAUNCHER_NAMES if name not in os.environ]
+    if len(missing) == len(LAUNCHER_NAMES):
+        return None
+    if missing:
+        given = ", ".join(name for name in LAUNCHER_NAMES if name not in missing)
+        raise UserError(
+            f"the environment has {given} and not {', '.join(missing)}: start with `deepspeed`, `torchrun` or `srun`, which set all of "
+            "them, or unset them for a single process"
+        )
+    rank, size, local_rank = map(_number, LAUNCHER_NAMES)
+    if not local_rank <= rank < size:
+        raise UserError(
+            f"the environment has RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={size}, which cannot be: give ranks from 0 to "
+            f"{size - 1}, and on a machine numbers from 0 that are no larger", everywhere=False,
+        )
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"the environment has WORLD_SIZE={size} and no MASTER_ADDR, so the processes cannot find each other: start with `deepspeed` or "
+            "`torchrun`, or set MASTER_ADDR to the host of rank 0 on all of them"
+        )
+    if _in_srun():
+        task = tuple(map(_number, SLURM_NAMES))
+        tasks, elastic = task[1], "TORCHELASTIC_RUN_ID" in os.environ  # torchrun may number the nodes in an order of its own
+        nodes = _number("SLURM_STEP_NUM_NODES") if "SLURM_STEP_NUM_NODES" in os.environ else tasks
+        if 1 < tasks and task != (rank, size, local_rank) and (tasks > min(nodes, size) or (tasks == size and not elastic)):
+            raise UserError(
+                f"RANK={rank} of WORLD_SIZE={size} disagrees with SLURM, for which this is task {task[0]} of {tasks}: let srun start "
+                "either one launcher a node (--ntasks-per-node=1) or the ranks themselves, without a launcher and without RANK",
+                everywhere=False,
+            )
+    return rank, size, local_rank
+
+
+def _in_srun() -> bool:
+    """Whether srun started this process: the script of a batch job is told that it is task 0 as well, but belongs to no step."""
+    return "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ
+
+
+def _from_slurm() -> tuple[int, int, int] | None:
+    """Rank, size and local rank of a SLURM task, which become those of the launchers' variables; None outside of SLURM."""
+    if not all(name in os.environ for name in SLURM_NAMES):
+        return None
+    rank, size, local_rank = map(_number, SLURM_NAMES)
+    if size > 1 and not _in_srun():
+        raise UserError(
+            f"this is the script of a SLURM job of {size} tasks and not one of them: start the training in it with srun, as "
+            "launch/train.sbatch does"
+        )
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"SLURM has started {size} tasks and MASTER_ADDR is not set, so they cannot find each other: set it to the host of task 0 in "
+            "the job's script, as launch/train.sbatch does"
+        )
+    if size > 1:
+        os.environ.update(zip(LAUNCHER_NAMES, map(str, (rank, size, local_rank))))
+        os.environ.setdefault("MASTER_PORT", str(MASTER_PORT))
+    return rank, size, local_rank
+
+
+def present_device() -> str:
+    """`cuda` where a run would use GPUs of this machine, else `cpu`; asks the driver for a list and leaves the GPUs alone."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return "cpu"
+    asked = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    try:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    finally:
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK")
+        if asked is not None:
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = asked
+
+
 def describe_lone_process() -> None:
     """Set the variables that a launcher would have set, where there was none: a world of one on a free port."""
-    if "MASTER_ADDR" in os.environ:
+    if {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

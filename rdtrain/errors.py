@@ -32,7 +32,8 @@ def user_errors_as_exit() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not error.everywhere:
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        if local_rank == "0" or not error.everywhere:
             print(f"rdtrain: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:

@@ -42,8 +42,7 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
         return
     recorded = folder / "config.yaml"
     try:
-        if not recorded.exists() and folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
-            raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
+        refuse_unusable(config)
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
@@ -64,6 +63,16 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
             _refuse_other_config(recorded, config)
         write_atomically(recorded, config_to_yaml(config))
         yield folder
+
+
+def refuse_unusable(config: Config) -> None:
+    """UserError where the run's folder belongs to another config or holds something else; changes nothing."""
+    folder = Path(config.run.folder)
+    recorded = folder / "config.yaml"
+    if recorded.exists():
+        _refuse_other_config(recorded, config)
+    elif folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
+        raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
 
 
 def _refuse_other_config(recorded: Path, config: Config) -> None:

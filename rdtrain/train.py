@@ -57,7 +57,7 @@ class Plan:
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
         objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
-        _refuse_impossible(config, objective)
+        _refuse_impossible(config, objective, world)
         model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_fields)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
@@ -77,8 +77,13 @@ class Plan:
         )
 
 
-def _refuse_impossible(config: Config, objective: Objective) -> None:
-    """UserError where the objective cannot train one block and leave the others, or the ranks' micro-batches would go separate ways."""
+def _refuse_impossible(config: Config, objective: Objective, world: World) -> None:
+    """UserError where the engine runs in one process and there are several, the objective cannot train one block and leave the others, or
+    the ranks' micro-batches would go separate ways."""
+    if config.engine.name == "torch" and world.size > 1:
+        raise UserError(
+            f"engine.name=torch runs in one process, and there are {world.size}: use engine.name=deepspeed or engine.name=fsdp"
+        )
     if config.model.blocks > 1 and not objective.untied_blocks:
         raise UserError(
             f"objective.name={config.objective.name} trains one core for all iterations, and model.blocks is {config.model.blocks}: "

@@ -3,7 +3,6 @@
 import torch
 
 from ..distributed import World, start_process_group
-from ..errors import UserError
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Objective
 from ..optimization import OptimizerSettings
@@ -14,17 +13,13 @@ __all__ = ["Engine", "EngineSettings", "build_engine", "deepspeed_config", "star
 
 
 def start_processes(settings: EngineSettings, world: World) -> None:
-    """Load the engine's library and join the process group. UserError when `torch` is asked to run several ranks."""
+    """Load the engine's library and join the process group; there is none for `torch`, which runs in one process."""
     if settings.name == "deepspeed":
         from .deepspeed_engine import initialise_distributed
 
         initialise_distributed(world)
     elif settings.name == "fsdp":
         start_process_group(world)
-    elif world.size > 1:
-        raise UserError(
-            f"engine.name=torch runs in one process, and there are {world.size}: use engine.name=deepspeed or engine.name=fsdp"
-        )
 
 
 def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: Objective, optimizer: OptimizerSettings,

@@ -1,0 +1,123 @@
+"""`rdtrain train --dry-run`: a run checked and costed without starting it, for a world of any size and either kind of device.
+
+What a start would find wrong is found here by the same code: the config, shards and tokenizer, the division of the batch, the engine and
+the run's folder; and so is a lack of room for its checkpoints. No process is started, no GPU is touched and nothing is written.
+"""
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+from .config import Config
+from .distributed import World
+from .errors import UserError
+from .estimate import (
+    Memory,
+    Shares,
+    activation_bytes,
+    checkpoint_bytes,
+    engine_memory,
+    logit_bytes,
+    model_on_paper,
+    parameters_by_part,
+    step_traffic,
+)
+from .run_folder import refuse_unusable
+from .train import Plan
+
+MEMORY_NAMES = {
+    "weights": "weights", "gradients": "gradients", "optimizer_state": "optimizer state", "gathered": "weights of a pass",
+    "messages": "message buffers", "activations": "activations (estimate)", "logits": "logits (estimate)",
+    "host_weights": "in CPU memory: weights", "host_gradients": "in CPU memory: gradients",
+    "host_optimizer_state": "in CPU memory: optimizer state",
+}
+
+
+def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
+    """What a run will need, as a table, and what a start would refuse, a sentence each; of the world only size and kind of device matter.
+
+    UserError where the config and its data do not fit together, so that there is nothing to cost.
+    """
+    ranks, device = world.size, world.device.type
+    plan = Plan.make(config, world)
+    model = model_on_paper(plan.model)
+    number = config.engine.dtype(world.device).itemsize
+    shares = Shares.of(model, config, plan.objective, ranks)
+    memory = engine_memory(shares, config, number, plan.accumulation)
+    tokens = config.batch.micro_sequences * config.data.sequence_length
+    per_token = activation_bytes(plan.model, plan.objective, number, device, config.run.seed, plan.total_steps)
+    memory.activations, memory.logits = round(per_token * tokens), round(logit_bytes(plan.model, number) * tokens)
+    traffic = step_traffic(shares, config, plan.objective, number, plan.accumulation, ranks)
+    checkpoint = checkpoint_bytes(shares, config, number)
+    free = shutil.disk_usage(_standing(Path(config.run.folder))).free
+
+    engine = f"{config.engine.name}, ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else config.engine.name
+    total = plan.total_steps * plan.tokens_per_step
+    epochs = total / (plan.loader.samples_per_epoch * config.data.sequence_length)
+    rows = [
+        ("run", config.run.name, f"in {config.run.folder}"),
+        ("world", f"{ranks} x {device}", f"{'bf16' if number == 2 else 'fp32'}, {engine}"),
+        ("tokenizer", f"{plan.model.vocab_size:,} pieces", f"hash {plan.tokenizer_hash[:12]}"),
+        None,
+        *((f"parameters, {name}", f"{count:,}", "") for name, count in parameters_by_part(model).items()),
+        ("parameters, all", f"{shares.whole:,}", ""),
+        None,
+        ("batch", f"{config.batch.global_sequences} sequences",
+         f"{ranks} ranks x {plan.accumulation} micro-batches x {config.batch.micro_sequences}, of {config.data.sequence_length} tokens"),
+        ("tokens", f"{plan.tokens_per_step:,} a step", f"{total:,} in all, {epochs:.2f} epochs"),
+        ("FLOPs", f"{plan.flops_per_step:.3e} a step",
+         f"{plan.flops_per_step * plan.total_steps:.3e} in all, {plan.flops_per_step / plan.tokens_per_step:.3e} a token"),
+        ("steps", f"{plan.total_steps:,}", ""),
+        None,
+        *_memory_rows(memory),
+        None,
+        *((f"sent by a rank in a step, {field.name.replace('_', '-')}", _size(getattr(traffic, field.name)), "")
+          for field in fields(traffic) if getattr(traffic, field.name)),
+        ("sent by a rank in a step", _size(traffic.bytes), ""),
+        None,
+        ("checkpoint", _size(checkpoint), f"{config.checkpoint.keep} are kept, and one more while it is written"),
+        ("free where the run's folder is", _size(free), ""),
+    ]
+    return _table(rows), _refusals(config, checkpoint, free)
+
+
+def _refusals(config: Config, checkpoint: int, free: int) -> list[str]:
+    found = []
+    try:
+        refuse_unusable(config)
+    except UserError as error:
+        found.append(str(error))
+    needed = (config.checkpoint.keep + 1) * checkpoint
+    if free < needed:
+        found.append(
+            f"the checkpoints of {config.run.folder} need {_size(needed)} and {_size(free)} are free there: free some, lower "
+            "checkpoint.keep, or choose a run.folder on another disk"
+        )
+    return found
+
+
+def _standing(path: Path) -> Path:
+    """The nearest folder above that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, str, str]]:
+    rows = [(f"memory of a rank, {name}", _size(getattr(memory, key)), "") for key, name in MEMORY_NAMES.items() if getattr(memory, key)]
+    rows.append(("memory of a rank", _size(memory.device_bytes), f"and {_size(memory.host_bytes)} of the CPU" if memory.host_bytes else ""))
+    return rows
+
+
+def _size(count: float) -> str:
+    """A number of bytes, as people read it."""
+    power = min(4, max(0, int(count).bit_length() - 1) // 10)
+    return f"{count / 1024**power:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _table(rows: list[tuple[str, str, str] | None]) -> str:
+    """Rows in columns; None is an empty line."""
+    widths = [max(len(row[column]) for row in rows if row) for column in (0, 1)]
+    lines = ("" if row is None else f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]}".rstrip() for row in rows)
+    return "\n".join(lines)
