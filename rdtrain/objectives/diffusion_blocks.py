@@ -4,7 +4,8 @@ For each sequence (or each token): draw an iteration k, draw a noise level sigma
 and coda ONCE, take the cross-entropy of the next token. No iteration sees another, so there is nothing to unroll.
 
 A model of B > 1 untied blocks is trained one block a step: the block is drawn first, for all ranks, and iterations within it. The
-probabilities are such that iterations and noise levels are distributed as with one block.
+probabilities are such that iterations and noise levels are distributed as with one block. Where groups of ranks train a block each
+(`train_only`), every block has as many sequences, and they are weighted by these probabilities instead.
 
 Whatever the partition, the cross-entropy of each noise level is learned on the way (information.py): as a diagnostic, and to divide
 the levels by where partition=equal_information.
@@ -44,6 +45,8 @@ class DiffusionBlocks(Objective):
         self.model_fields = {"noise_conditioning": True} | {name: getattr(objective, name) for name in features}
         self.iterations = iterations
         self.blocks = blocks
+        self._only_block: int | None = None
+        self._weight = 1.0
         self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
         self._divide()
 
@@ -59,9 +62,13 @@ class DiffusionBlocks(Objective):
         return [self.settings.share_at_sigma_max + even] + [even] * (self.blocks - 1)
 
     def active_block(self, random: SampleRandom) -> int | None:
-        if self.blocks == 1:
-            return None
+        if self.blocks == 1 or self._only_block is not None:
+            return self._only_block
         return random.of_step().choices(range(self.blocks), self.block_probabilities)[0]
+
+    def train_only(self, block: int) -> float:
+        self._only_block, self._weight = block, self.blocks * self.block_probabilities[block]
+        return self._weight
 
     def draw(self, random: SampleRandom, length: int) -> tuple[Tensor, Tensor]:
         """Iterations, counted from 0 and of the active block, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T],
@@ -96,7 +103,7 @@ class DiffusionBlocks(Objective):
                 previous = previous.index_copy(0, rows, estimate)
         state, conditioning, evidence = denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
         losses = model.losses(state, targets, conditioning, evidence)
-        self.information.add(sigma, losses)
+        self.information.add(sigma, losses, self._weight)
         weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses
         by_level = losses.detach().sum_to_size(sigma.shape).flatten()
         zeros, counts = torch.zeros(self.iterations, device=tokens.device), torch.full_like(by_level, losses.numel() / sigma.numel())
@@ -104,7 +111,10 @@ class DiffusionBlocks(Objective):
         value = weighted.mean()
         if self.core_readout:
             value = value + token_losses(model.readout_from_core(state, evidence), targets).mean()
-        return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration})
+        metrics = {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration}
+        if self._only_block is not None:
+            metrics = {name: (self._weight * sums, self._weight * counts) for name, (sums, counts) in metrics.items()}
+        return Loss(value, metrics)
 
     @torch.no_grad()
     def _earlier_iteration(self, model: RecurrentDepthLM, y: Tensor, eps: Tensor, e: Tensor, iteration: Tensor, sigma: Tensor,
