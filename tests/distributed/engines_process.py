@@ -92,9 +92,11 @@ OPTIMIZER = OptimizerSettings(learning_rate=RATE, gradient_clipping=0.5)
 def plain_run(name: str, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
     """Losses, gradient norms, final weights and final held-out likelihood of three sequences."""
     model, objective = build(name, checkpointing=False)
+    embedding = model.embedding.weight
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
+            {"params": [embedding], "weight_decay": OPTIMIZER.weight_decay, "lr": RATE * OPTIMIZER.embedding_scale},
+            {"params": [p for p in model.parameters() if p.dim() > 1 and p is not embedding], "weight_decay": OPTIMIZER.weight_decay},
             {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
         ],
         lr=RATE, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.epsilon,
