@@ -22,6 +22,7 @@ from ..distributed import PROCESS_GROUP_MINUTES, World
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, set_learning_rate
+from ..randomness import SampleRandom
 from .base import MicroBatch, TrainingModule
 from .portable import gather
 from .torch_engine import TorchEngine
@@ -61,8 +62,7 @@ class FlatGradients:
 
 
 class BlockParallelEngine(TorchEngine):
-    """One group's part of a model with untied blocks; the default process group must stand. Of the ranks those of block 0 alone, whose
-    core serves sigma_max, can compute held-out likelihoods, and a pass of theirs waits for no other rank."""
+    """One group's part of a model with untied blocks; the default process group must stand."""
 
     def __init__(self, module: TrainingModule, optimizer: OptimizerSettings, accumulation: int, world: World):
         """The module's model must have been through `keep_own_block`; its objective is told the block. Collective."""
@@ -101,8 +101,8 @@ class BlockParallelEngine(TorchEngine):
             self._reduction = dist.all_reduce(self._core.message, group=self._group, async_op=True)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
-        """block: this rank's own."""
-        assert block == self.block, f"block {block} lies on other ranks"
+        """block: None, as all are trained."""
+        assert block is None, f"block {block} alone cannot be trained"
         set_learning_rate(self._optimizer, learning_rate)
         self._core.message.zero_()
         self._shared.message.zero_()
@@ -146,6 +146,12 @@ class BlockParallelEngine(TorchEngine):
                 parts = flat.cpu().split([tensor.numel() for tensor in shapes.values()])
                 whole |= {f"cores.{block}.{name}": part.view_as(like).clone() for part, (name, like) in zip(parts, shapes.items())}
         return whole if self._world.is_main else {}
+
+    def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
+        """Of block 0's ranks alone, as its core serves sigma_max; the others compute nothing and return NaN. No rank waits for another."""
+        if self.block:
+            return torch.full(tokens[:, 1:].shape, torch.nan, device=tokens.device)
+        return super().held_out_nll(tokens, random)
 
     def snapshot(self) -> dict[str, Tensor]:
         """The ranks of a group share its core out among them, and all ranks the rest."""

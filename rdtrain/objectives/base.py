@@ -100,7 +100,7 @@ class Objective(ABC):
 
     def active_block(self, random: SampleRandom) -> int | None:
         """The block that a step trains, the others standing idle: a function of (seed, step), the same for all its micro-batches on
-        all ranks; after `train_only` that block. None where nothing is idle."""
+        all ranks. None where nothing is idle, as when ranks `train_only` one each."""
         return None
 
     def train_only(self, block: int) -> float:

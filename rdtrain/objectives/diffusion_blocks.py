@@ -63,17 +63,21 @@ class DiffusionBlocks(Objective):
 
     def active_block(self, random: SampleRandom) -> int | None:
         if self.blocks == 1 or self._only_block is not None:
-            return self._only_block
+            return None
         return random.of_step().choices(range(self.blocks), self.block_probabilities)[0]
 
     def train_only(self, block: int) -> float:
         self._only_block, self._weight = block, self.blocks * self.block_probabilities[block]
         return self._weight
 
+    def _trained_block(self, random: SampleRandom) -> int:
+        drawn = self.active_block(random)
+        return drawn if drawn is not None else self._only_block or 0
+
     def draw(self, random: SampleRandom, length: int) -> tuple[Tensor, Tensor]:
-        """Iterations, counted from 0 and of the active block, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T],
+        """Iterations, counted from 0 and of the trained block, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T],
         T being `length`."""
-        block, served = self.active_block(random) or 0, self.iterations // self.blocks
+        block, served = self._trained_block(random), self.iterations // self.blocks
         share = self.settings.share_at_sigma_max / self.block_probabilities[0] if block == 0 else 0.0
         uniform = random.uniform(length if self.settings.level_per == "token" else 1, 3)
         pure = uniform[..., 0] < share
@@ -87,7 +91,7 @@ class DiffusionBlocks(Objective):
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         iteration, sigma = self.draw(random, targets.shape[1])
-        block, sigma_data = self.active_block(random) or 0, self.noise.sigma_data(model.config.width)
+        block, sigma_data = self._trained_block(random), self.noise.sigma_data(model.config.width)
         y, eps = model.unit_embedding(targets), random.normal(targets.shape[1], model.config.width)
         z, e = y + sigma.unsqueeze(-1) * eps, model.prelude(inputs)
         # Zeros, and not None, where no row is told anything: an engine of several ranks needs the same gradients on each.
