@@ -2,7 +2,8 @@
 
 What a likelihood is, the objective says: for denoising models the distribution of one iteration from pure noise, for unrolled
 models that after all K iterations. The same sequences with the same noise at every evaluation, shared out over the ranks, which
-all make the same number of passes: where weights are sharded, a pass is a conversation of all ranks.
+all make the same number of passes: where weights are sharded, a pass is a conversation of all ranks. Where ranks hold a block each,
+those of block 0, which serves sigma_max, share out all sequences.
 """
 
 import math
@@ -52,13 +53,14 @@ class EvaluationSettings:
 class Evaluator:
     """Reads its sequences once and evaluates them whenever it is asked."""
 
-    def __init__(self, reader: ShardReader, sequence_length: int, settings: EvaluationSettings, micro_batch: int, world: World):
-        """Raises UserError when the validation shards hold no whole sequence."""
+    def __init__(self, reader: ShardReader, sequence_length: int, settings: EvaluationSettings, micro_batch: int, world: World, ranks: int):
+        """ranks: so many, from rank 0 on, can compute likelihoods; the others make as many passes, of which nothing counts. Raises
+        UserError when the validation shards hold no whole sequence."""
         tokens = validation_windows(reader, sequence_length, settings.sequences)
-        share = math.ceil(len(tokens) / world.size)
-        mine = [min(place * world.size + world.rank, len(tokens) - 1) for place in range(share)]
+        share = math.ceil(len(tokens) / ranks)
+        mine = [min(place * ranks + world.rank % ranks, len(tokens) - 1) for place in range(share)]
         # Where they cannot be shared evenly, some ranks end with the last sequence of all, which is not theirs to count.
-        self._counted = len(range(world.rank, len(tokens), world.size))
+        self._counted = len(range(world.rank, len(tokens), ranks)) if world.rank < ranks else 0
         self._tokens, self._indices = tokens[mine], mine
         self._micro_batch = micro_batch
         self._world = world

@@ -58,6 +58,8 @@ class Plan:
         length = config.data.sequence_length
         objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
         _refuse_impossible(config, objective, world)
+        if config.engine.name == "block_parallel":
+            _refuse_uneven_groups(config, objective, world)
         model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_fields)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
@@ -67,7 +69,10 @@ class Plan:
             objective=objective,
             model=model,
             loader=Loader(shards, length, config.run.seed),
-            evaluator=Evaluator(validation, length, config.evaluation, config.batch.micro_sequences, world),
+            evaluator=Evaluator(
+                validation, length, config.evaluation, config.batch.micro_sequences, world,
+                ranks=world.size // config.engine.groups(config.model.blocks),
+            ),
             tokenizer=shards.path / "tokenizer.model",
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
@@ -94,6 +99,26 @@ def _refuse_impossible(config: Config, objective: Objective, world: World) -> No
             f"batch.micro_sequences={config.batch.micro_sequences} gives some ranks no sample for the earlier iteration of "
             f"self_conditioning and chain_states, for which others would wait: use at least {objective.smallest_micro_batch}, or "
             "engine.name=deepspeed with zero_stage 0 to 2"
+        )
+
+
+def _refuse_uneven_groups(config: Config, objective: Objective, world: World) -> None:
+    """UserError where block-parallel training has no blocks, or cannot give each as many ranks and the same kinds of sequences."""
+    blocks = config.model.blocks
+    if blocks == 1:
+        raise UserError(
+            "engine.name=block_parallel trains each untied block on ranks of its own, and model.blocks is 1: set model.blocks, or another "
+            "engine.name"
+        )
+    if world.size % blocks:
+        raise UserError(
+            f"engine.name=block_parallel gives each of model.blocks={blocks} as many ranks, and {blocks} does not divide {world.size}: "
+            f"start a multiple of {blocks} processes, or set another engine.name"
+        )
+    if config.batch.global_sequences // blocks % objective.smallest_micro_batch:
+        raise UserError(
+            f"batch.global_sequences={config.batch.global_sequences} would give some of model.blocks={blocks} more samples with an earlier "
+            f"iteration (self_conditioning, chain_states) than others: use a multiple of {2 * blocks}"
         )
 
 
@@ -164,7 +189,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, check
                  step: int, seconds: float) -> int:
     """The loop, from a step at which so many seconds have been trained; `facts` go into every checkpoint."""
     folder = Path(config.run.folder)
-    batch, schedule = config.batch, config.schedule
+    batch, schedule, groups = config.batch, config.schedule, config.engine.groups(config.model.blocks)
     logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world, resume_step=step)
     if step == 0:
         logger.log({"step": 0, "tokens": 0, "training_flops": 0.0, "seconds": 0.0} | plan.evaluator(engine))
@@ -179,7 +204,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, check
                     _on_device(plan.loader.batch(indices), world.device),
                     SampleRandom(config.run.seed, indices, world.device, step),
                 )
-                for indices in rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences)
+                for indices in rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences, groups)
             )
             block = plan.objective.active_block(SampleRandom(config.run.seed, (), world.device, step))
             for loss in engine.train_step(micro_batches, rate, block):

@@ -9,6 +9,7 @@ import torch
 
 from rdtrain.config import load_config
 from rdtrain.metrics import read_metrics
+from rdtrain.model.information import UNIT
 from rdtrain.train import train
 
 SMALL = {"width": 16, "heads": 2, "mlp_width": 16, "core_layers": 1, "iterations": 4}
@@ -50,7 +51,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_its_warm_up_leaves_no_
         for key in {"loss", "gradient_norm", "validation_nll"} & plain.keys():
             assert compiled[key] == pytest.approx(plain[key], rel=1e-4), f"{key} at step {plain['step']}"
     if objective["name"] == "diffusion_blocks":
-        assert sum(states[True]["pending"][1]) == STEPS * 4 * 16
+        assert sum(states[True]["pending"][1]) * UNIT == STEPS * 4 * 16
         assert states[True]["pending"][1] == states[False]["pending"][1]
         assert states[True]["information_curve"] == states[False]["information_curve"]
 

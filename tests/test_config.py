@@ -49,7 +49,7 @@ def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
         ("model: {width: 512.0}", ["'model.width'", "integer", "512.0"]),
         ("optimizer: {learning_rate: fast}", ["'optimizer.learning_rate'", "number", "'fast'"]),
         ("engine: {zero_stage: 4}", ["'engine.zero_stage'", "0, 1, 2 or 3", "4"]),
-        ("engine: {name: horovod}", ["'engine.name'", "'deepspeed', 'fsdp' or 'torch'"]),
+        ("engine: {name: horovod}", ["'engine.name'", "'deepspeed', 'fsdp', 'block_parallel' or 'torch'"]),
         ("engine: {name: fsdp, offload_optimizer: true}", ["'engine'", "offload_optimizer works with name=deepspeed"]),
         ("engine: {zero_stage: 0, offload_optimizer: true}", ["'engine'", "zero_stage 1 to 3"]),
         ("model: 3", ["'model'", "must be a section"]),

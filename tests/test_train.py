@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from rdtrain.config import load_config
 from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
+from rdtrain.model.information import UNIT
 from rdtrain.train import INTERRUPTED, train
 
 
@@ -68,7 +69,7 @@ def test_the_information_curve_goes_on_from_a_checkpoint_between_two_updates(tin
     whole, last = losses(tmp_path / "run"), tmp_path / "run/checkpoints/step-00000036"
     state, weights = json.loads((last / "state.json").read_text()), load_file(last / "model.safetensors")
     middle = json.loads((tmp_path / "run/checkpoints/step-00000021/state.json").read_text())
-    assert sum(middle["objective_state"]["pending"][1]) == 5 * 8 * 16  # five steps of 8 sequences of 16 tokens
+    assert sum(middle["objective_state"]["pending"][1]) * UNIT == 5 * 8 * 16  # five steps of 8 sequences of 16 tokens
     assert middle["objective_state"]["information_curve"] != state["objective_state"]["information_curve"]
     shutil.rmtree(last)
     assert train(config) == 0

@@ -115,18 +115,21 @@ def read_ahead(read: Callable[[int], Item], start: int, stop: int) -> Iterator[I
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def rank_indices(step: int, global_batch: int, world_size: int, rank: int, micro_batch: int) -> list[range]:
+def rank_indices(step: int, global_batch: int, world_size: int, rank: int, micro_batch: int, groups: int = 1) -> list[range]:
     """The global samples that `rank` trains on in `step`: a range of `micro_batch` for each micro-step of gradient accumulation.
 
     Micro-step m of rank r takes the micro_batch samples from step * global_batch + (m * world_size + r) * micro_batch on;
-    together all ranks and micro-steps take the step's global_batch samples once each. UserError when the sizes do not divide.
+    together all ranks and micro-steps take the step's global_batch samples once each. With `groups`, which must divide world_size, group
+    g is the g-th equal part of the ranks and shares the g-th equal part of the step's samples in this way, whatever the number of ranks.
+    UserError when the sizes do not divide.
     """
     if min(global_batch, world_size, micro_batch) < 1 or global_batch % (world_size * micro_batch):
         raise UserError(f"a global batch of {global_batch} cannot be shared by {world_size} ranks in micro-batches of "
                         f"{micro_batch}; make it a multiple of {world_size * micro_batch}")
-    first = step * global_batch + rank * micro_batch
-    stride = world_size * micro_batch
-    return [range(start, start + micro_batch) for start in range(first, (step + 1) * global_batch, stride)]
+    members, share = world_size // groups, global_batch // groups
+    group, member = divmod(rank, members)
+    first = step * global_batch + group * share
+    return [range(start, start + micro_batch) for start in range(first + member * micro_batch, first + share, members * micro_batch)]
 
 
 def validation_windows(reader: ShardReader, sequence_length: int, count: int) -> Tensor:

@@ -18,7 +18,7 @@ def start_processes(settings: EngineSettings, world: World) -> None:
         from .deepspeed_engine import initialise_distributed
 
         initialise_distributed(world)
-    elif settings.name == "fsdp":
+    elif settings.name in ("fsdp", "block_parallel"):
         start_process_group(world)
 
 
@@ -26,6 +26,12 @@ def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: O
                  micro_batch: int, accumulation: int, world: World) -> Engine:
     """The engine that the settings name, around a model and its objective; after `start_processes`."""
     dtype = settings.dtype(world.device)
+    if settings.name == "block_parallel":
+        from .block_parallel_engine import BlockParallelEngine, keep_own_block
+
+        keep_own_block(model, world)  # before the model moves to the device, where the others need no room
+        return BlockParallelEngine(TrainingModule(model.to(world.device), objective, dtype), optimizer, accumulation, world)
+
     model = model.to(world.device)
     if settings.name == "fsdp":
         from .fsdp_engine import FSDPEngine

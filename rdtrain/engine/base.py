@@ -24,17 +24,17 @@ MicroBatch = tuple[Tensor, SampleRandom]
 class EngineSettings:
     """How the model is run and sharded.
 
-    name: `deepspeed` (ZeRO, any number of ranks), `fsdp` (torch's fully_shard, any number of ranks) or `torch` (one process of plain
-        PyTorch, the reference).
+    name: `deepspeed` (ZeRO, any number of ranks), `fsdp` (torch's fully_shard, any number of ranks), `block_parallel` (untied blocks,
+        each on ranks of its own, a multiple of model.blocks) or `torch` (one process of plain PyTorch, the reference).
     zero_stage: deepspeed only: 0 shards nothing, 1 the optimizer state, 2 the gradients as well, 3 the weights as well, as fsdp does.
     offload_optimizer: deepspeed with zero_stage 1 to 3 only: optimizer state and master weights in the memory of the CPU, which then
         makes the optimizer's step.
     compile: torch only: compile prelude, core, coda and loss with torch.compile before training starts.
     precision: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on CPU. The optimizer works in fp32 in any case. In bf16, ZeRO 1 to 3 and
-        fsdp run bf16 copies of the fp32 weights; torch and ZeRO 0 run the fp32 weights under torch.autocast.
+        fsdp run bf16 copies of the fp32 weights; the others run the fp32 weights under torch.autocast.
     """
 
-    name: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
+    name: Literal["deepspeed", "fsdp", "block_parallel", "torch"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     compile: bool = False
@@ -51,6 +51,10 @@ class EngineSettings:
     def gathers_weights(self) -> bool:
         """Whether a pass gathers weights from all ranks, so that all must make the same passes."""
         return self.name == "fsdp" or (self.name == "deepspeed" and self.zero_stage == 3)
+
+    def groups(self, blocks: int) -> int:
+        """How many equal groups the ranks form, each of which holds a core of its own: as many as blocks, or one that holds all."""
+        return blocks if self.name == "block_parallel" else 1
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that the precision means on this device."""

@@ -24,7 +24,7 @@ DECAY = 0.9
 """What remains of earlier observations at each fold."""
 
 UNIT = 2.0**-20
-"""Nats: the unit in which observations are counted."""
+"""Nats and tokens: the unit in which observations are counted."""
 
 
 class InformationCurve:
@@ -71,24 +71,28 @@ class InformationEstimate:
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self._sums, self._counts = [0.0] * LEVELS, [0.0] * LEVELS
         self.pending = torch.zeros(2, LEVELS, dtype=torch.int64)
-        """Observations since the last fold, this rank's own: cross-entropies in UNITs, and tokens."""
+        """Observations since the last fold, this rank's own: cross-entropies and tokens, both in UNITs."""
         self.curve = self._fitted()
 
-    def add(self, sigma: Tensor, losses: Tensor) -> None:
-        """Cross-entropies [B, T] in nats, at noise levels [B, 1] or [B, T], each counted at the nearest point; waits for no device."""
+    def add(self, sigma: Tensor, losses: Tensor, weight: float = 1.0) -> None:
+        """Cross-entropies [B, T] in nats, at noise levels [B, 1] or [B, T], each counted at the nearest point; waits for no device.
+
+        weight: how many tokens each of them counts for.
+        """
         self.pending = self.pending.to(losses.device)
         first, last = math.log(self.sigma_min), math.log(self.sigma_max)
         point = ((sigma.log() - first) * ((LEVELS - 1) / (last - first))).round().long().clamp(0, LEVELS - 1).flatten()
         # A loss that is not finite ends the run elsewhere; here it must only not become an arbitrary whole number.
-        units = (losses.detach().double().nan_to_num(0.0).clamp(0, 1000) / UNIT).round().long().sum_to_size(sigma.shape).flatten()
-        tokens = torch.full_like(units, losses.numel() // sigma.numel())
+        nats = losses.detach().double().nan_to_num(0.0).clamp(0, 1000)
+        units = (nats * (weight / UNIT)).round().long().sum_to_size(sigma.shape).flatten()
+        tokens = torch.full_like(units, round(losses.numel() // sigma.numel() * weight / UNIT))
         self.pending.index_add_(1, point, torch.stack((units, tokens)))
 
     def fold(self, total: Tensor) -> None:
         """Take in `pending`, summed over all ranks, and start it anew."""
         units, tokens = total.tolist()
         self._sums = [DECAY * before + UNIT * new for before, new in zip(self._sums, units)]
-        self._counts = [DECAY * before + new for before, new in zip(self._counts, tokens)]
+        self._counts = [DECAY * before + UNIT * new for before, new in zip(self._counts, tokens)]
         self.pending.zero_()
         self.curve = self._fitted()
 

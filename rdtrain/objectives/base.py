@@ -104,8 +104,16 @@ class Objective(ABC):
 
     def active_block(self, random: SampleRandom) -> int | None:
         """The block that a step trains, the others standing idle: a function of (seed, step), the same for all its micro-batches on
-        all ranks. None where nothing is idle."""
+        all ranks. None where nothing is idle, as when ranks `train_only` one each."""
         return None
+
+    def train_only(self, block: int) -> float:
+        """Train this block in every step on this rank, as other ranks train the others. Called once, where `untied_blocks` is true.
+
+        Returns the weight of this rank's sequences, B p_b: they are 1 / B of all, and the objective means a share p_b of them for the
+        block. What it adds up itself, metrics among it, it weighs so.
+        """
+        raise NotImplementedError
 
     def after_step(self, step: int, world: World) -> None:  # noqa: B027 (most objectives learn nothing beside the weights)
         """Called by every rank once `step` steps are done: what is learned beside the weights is brought up to date here."""

@@ -4,7 +4,8 @@ For each sequence (or each token): draw an iteration k, draw a noise level sigma
 and coda ONCE, take the cross-entropy of the next token. No iteration sees another, so there is nothing to unroll.
 
 A model of B > 1 untied blocks is trained one block a step: the block is drawn first, for all ranks, and iterations within it. The
-probabilities are such that iterations and noise levels are distributed as with one block.
+probabilities are such that iterations and noise levels are distributed as with one block. Where groups of ranks train a block each
+(`train_only`), every block has as many sequences, and they are weighted by these probabilities instead.
 
 Whatever the partition, the cross-entropy of each noise level is learned on the way (information.py): as a diagnostic, and to divide
 the levels by where partition=equal_information.
@@ -44,6 +45,8 @@ class DiffusionBlocks(Objective):
         self.model_fields = {"noise_conditioning": True} | {name: getattr(objective, name) for name in features}
         self.iterations = iterations
         self.blocks = blocks
+        self._only_block: int | None = None
+        self._weight = 1.0
         self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
         self._divide()
         self._denoise_state = denoise_state
@@ -65,14 +68,22 @@ class DiffusionBlocks(Objective):
         return [self.settings.share_at_sigma_max + even] + [even] * (self.blocks - 1)
 
     def active_block(self, random: SampleRandom) -> int | None:
-        if self.blocks == 1:
+        if self.blocks == 1 or self._only_block is not None:
             return None
         return random.of_step().choices(range(self.blocks), self.block_probabilities)[0]
 
+    def train_only(self, block: int) -> float:
+        self._only_block, self._weight = block, self.blocks * self.block_probabilities[block]
+        return self._weight
+
+    def _trained_block(self, random: SampleRandom) -> int:
+        drawn = self.active_block(random)
+        return drawn if drawn is not None else self._only_block or 0
+
     def draw(self, random: SampleRandom, length: int) -> tuple[Tensor, Tensor]:
-        """Iterations, counted from 0 and of the active block, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T],
+        """Iterations, counted from 0 and of the trained block, int64, and noise levels, fp32: [B, 1], or with level_per=token [B, T],
         T being `length`."""
-        block, served = self.active_block(random) or 0, self.iterations // self.blocks
+        block, served = self._trained_block(random), self.iterations // self.blocks
         share = self.settings.share_at_sigma_max / self.block_probabilities[0] if block == 0 else 0.0
         uniform = random.uniform(length if self.settings.level_per == "token" else 1, 3)
         pure = uniform[..., 0] < share
@@ -86,7 +97,7 @@ class DiffusionBlocks(Objective):
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         iteration, sigma = self.draw(random, targets.shape[1])
-        block, sigma_data = self.active_block(random) or 0, self.noise.sigma_data(model.config.width)
+        block, sigma_data = self._trained_block(random), self.noise.sigma_data(model.config.width)
         y, eps = model.unit_embedding(targets), random.normal(targets.shape[1], model.config.width)
         z, e = torch.addcmul(y, sigma.unsqueeze(-1), eps), model.prelude(inputs)
         # Zeros, and not None, where no row is told anything: an engine of several ranks needs the same gradients on each.
@@ -102,7 +113,7 @@ class DiffusionBlocks(Objective):
                 previous = previous.index_copy(0, rows, estimate)
         state, conditioning, evidence = self._denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
         losses = model.losses(state, targets, conditioning, evidence)
-        self.information.add(sigma, losses)
+        self.information.add(sigma, losses, self._weight)
         weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses
         by_level = losses.detach().sum_to_size(sigma.shape).flatten()
         zeros, counts = torch.zeros(self.iterations, device=tokens.device), torch.full_like(by_level, losses.numel() / sigma.numel())
@@ -110,7 +121,10 @@ class DiffusionBlocks(Objective):
         value = weighted.mean()
         if self.core_readout:
             value = value + token_losses(model.readout_from_core(state, evidence), targets).mean()
-        return Loss(value, {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration})
+        metrics = {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration}
+        if self._only_block is not None:
+            metrics = {name: (self._weight * sums, self._weight * counts) for name, (sums, counts) in metrics.items()}
+        return Loss(value, metrics)
 
     @torch.no_grad()
     def _earlier_iteration(self, model: RecurrentDepthLM, y: Tensor, eps: Tensor, e: Tensor, iteration: Tensor, sigma: Tensor,

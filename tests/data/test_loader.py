@@ -98,6 +98,13 @@ def test_ranks_share_the_steps_samples():
         assert [index for micro_step in zip(*shares) for indices in micro_step for index in indices] == expected
 
 
+def test_a_group_of_ranks_shares_its_part_of_the_steps_samples_whatever_their_number():
+    for members, group in itertools.product((1, 2, 3), range(2)):
+        shares = [rank_indices(5, 12, 2 * members, group * members + member, 1, groups=2) for member in range(members)]
+        taken = [index for micro_step in zip(*shares) for indices in micro_step for index in indices]
+        assert taken == list(range(60 + 6 * group, 66 + 6 * group))
+
+
 def test_the_union_over_ranks_is_the_same_batch(reader):
     loaders = [Loader(reader, 20, seed=1) for _ in range(3)]
     batches = [torch.cat([loaders[rank].batch(indices) for micro_step in zip(*(rank_indices(9, 6, world_size, r, 1)

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rdtrain.model.information import LEVELS, UNIT
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import DiffusionBlocks
 from rdtrain.randomness import SampleRandom
@@ -42,6 +43,31 @@ def test_all_sequences_of_a_step_are_of_its_block_on_every_rank_and_micro_batch(
         assert {k // (K // B) for part in parts for k in objective.draw(part, 8)[0].flatten().tolist()} == blocks
         seen |= blocks
     assert seen == set(range(B))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_blocks_that_train_side_by_side_are_weighted_as_they_are_drawn(build_model, tokens, share):
+    """Each block's loss, metrics and curve, all of them on the same sequences, against sums over blocks that are drawn one a step."""
+    settings, model = NoiseSettings(share_at_sigma_max=share, overlap=1.0), build_model(True, iterations=K, blocks=B)
+    probabilities = [share + (1 - share) / B] + [(1 - share) / B] * (B - 1)
+    loss, units = 0.0, np.zeros((2, LEVELS))
+    totals = {"loss": torch.zeros(2), "loss_by_iteration": torch.zeros(2, K)}
+    for block, probability in enumerate(probabilities):
+        drawn, alone = DiffusionBlocks(settings, K, blocks=B), DiffusionBlocks(settings, K, blocks=B)
+        step = next(step for step in range(1000) if drawn.active_block(SampleRandom(1, (), CPU, step)) == block)
+        expected = drawn(model, tokens, SampleRandom(1, range(6), CPU, step))
+        assert alone.train_only(block) == pytest.approx(B * probability)
+        assert alone.active_block(SampleRandom(1, (), CPU, step + 1)) is None  # over the ranks nothing is idle
+        found = alone(model, tokens, SampleRandom(1, range(6), CPU, step + 1))
+        assert torch.equal(found.value, expected.value)  # what is differentiated has no weight: the engine gives it to what is shared
+        for name, total in totals.items():
+            total += torch.stack(found.metrics[name])
+        loss += probability * expected.value.item()
+        units += B * probability * drawn.information.pending.numpy() - alone.information.pending.numpy()
+    sums, count = totals["loss"]
+    assert (sums / count).item() == pytest.approx(loss) and count == pytest.approx(B * 48)
+    assert totals["loss_by_iteration"][1].sum() == pytest.approx(B * 48)
+    np.testing.assert_allclose(units * UNIT, 0, atol=1e-3)
 
 
 def test_only_the_active_core_gets_a_gradient_and_operations_are_those_of_one_core(build_model, tokens):
