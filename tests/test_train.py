@@ -34,7 +34,7 @@ def test_a_run_learns_and_leaves_what_the_documentation_says(tiny_config, tmp_pa
     assert list(evaluated) == [0, 20, 40]
     assert evaluated[40] < evaluated[0] - 0.5
     assert json.loads((folder / "run.json").read_text())["total_steps"] == 40
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000036", "step-00000040"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-00000036", "step-00000040"]
     if name == "diffusion_blocks":
         assert len(records[1]["loss_by_iteration"]) == 4
     if name == "bptt":
