@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rdtrain.config import load_config
+from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
 from rdtrain.model.information import UNIT
 from rdtrain.train import INTERRUPTED, train
@@ -181,6 +182,17 @@ def test_fsdp_in_a_world_of_one_is_plain_pytorch_and_resumes_bit_for_bit(tiny_co
     assert losses(tmp_path / "fsdp") == losses(tmp_path / "torch")
     torch, fsdp = (load_file(tmp_path / name / "checkpoints/step-00000008/model.safetensors") for name in ("torch", "fsdp"))
     assert torch.keys() == fsdp.keys() and all(torch[name].equal(fsdp[name]) for name in torch)
+
+
+def test_a_run_continues_in_other_micro_batches_but_not_in_another_precision(tiny_config, tmp_path):
+    path = tiny_config()
+    assert train(load_config(path)) == 0
+    before = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    with pytest.raises(UserError, match=r"a run with engine.precision=auto, and this one has bf16: choose another run.folder"):
+        train(load_config(path, ["engine.precision=bf16"]))
+    assert train(load_config(path, ["batch.micro_sequences=8"])) == 0
+    assert len(losses(tmp_path / "run")) == 8 and losses(tmp_path / "run")[:4] == before[:4]
 
 
 def test_a_micro_batch_without_an_earlier_iteration_is_refused_where_ranks_must_agree(tiny_config, rdtrain, refused):
