@@ -18,6 +18,7 @@ from .checkpoint import CheckpointSettings
 from .engine import EngineSettings
 from .errors import UserError
 from .evaluation import EvaluationSettings
+from .faults import FaultSettings
 from .metrics import LoggingSettings
 from .model.noise import NoiseSettings
 from .model.recurrent import ModelSettings
@@ -107,6 +108,7 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+    faults: FaultSettings = field(default_factory=FaultSettings)
 
     def result_settings(self) -> dict:
         """The settings that decide what is computed; a run continues only where these are unchanged.

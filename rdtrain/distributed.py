@@ -5,11 +5,10 @@ any of these a run is a world of one. What cannot be right is refused here, befo
 """
 
 import datetime
+import hashlib
 import os
-import signal
 import socket
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -205,46 +204,54 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _read_later(number: Tensor) -> Callable[[], float]:
-    """A function that waits for a number as it is now, and for nothing that the device is given to do after it.
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copied from the CPU without waiting for the work that the device still has to do, which only pinned memory allows."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
-    `item` would wait for all of that, since its copy queues up behind it.
+
+def read_later(tensor: Tensor) -> Callable[[], list]:
+    """A function that waits for a tensor as it is now, and for nothing that the device is given to do after it.
+
+    `tolist` would wait for all of that, since its copy queues up behind it.
     """
-    if number.device.type != "cuda":
-        return number.item
-    on_host, arrived = torch.empty((), dtype=number.dtype, pin_memory=True), torch.cuda.Event()
-    on_host.copy_(number, non_blocking=True)
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    on_host, arrived = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
+    on_host.copy_(tensor, non_blocking=True)
     arrived.record()
 
-    def read() -> float:
+    def read() -> list:
         arrived.synchronize()
-        return on_host.item()
+        return on_host.tolist()
 
     return read
 
 
-@contextmanager
-def stop_signals(world: World):
-    """Turn SIGINT and SIGTERM into a question that all ranks answer alike.
+def agree(world: World, work: str, plan: object, stop: int) -> Callable[[], int]:
+    """Tell all ranks what this one is about to do, and whether it was asked to stop; one small all-reduce. Collective.
 
-    Yields `agreed() -> bool`, to be called once a step by every rank: true from the step after the one in which any rank was
-    signalled. The answer of a step is read one step later, so that a CUDA device always has a step to work on meanwhile.
+    work: what it is called, for example `step 12`. plan: anything whose `repr` says what all ranks must do alike. stop: 0, or the exit code
+    to stop with. Returns a function that waits for the answer: the largest code of all ranks. It is to be called once the work is enqueued,
+    so that a CUDA device has something to do meanwhile. UserError when the plans differ, from here where the answer is there at once.
     """
-    received = False
-    pending: Callable[[], float] | None = None
+    if world.size == 1:
+        return lambda: stop
+    number = int.from_bytes(hashlib.blake2b(repr(plan).encode(), digest_size=7).digest(), "little")
+    values = on_device(torch.tensor([stop, number, -number]), world.device)  # the largest -number is the smallest number's
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    read = read_later(values)
 
-    def receive(signum, frame):
-        nonlocal received
-        received = True
+    def answer() -> int:
+        code, largest, smallest = read()
+        if largest != -smallest:
+            raise UserError(
+                f"the ranks do not agree on {work} (its number, samples, learning rate, or the depth or block that is drawn): start all of "
+                "them with the same command, code and data, and continue from the last checkpoint"
+            )
+        return code
 
-    def agreed() -> bool:
-        nonlocal pending
-        before, pending = pending, _read_later(world.sum(torch.full((), float(received), device=world.device)))
-        return before is not None and before() > 0
-
-    previous: dict[int, Callable] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield agreed
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    if world.device.type != "cuda":
+        answer()
+    return answer

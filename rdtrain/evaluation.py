@@ -66,13 +66,18 @@ class Evaluator:
         self._world = world
         self._bytes_per_token = reader.bytes_per_token
 
-    def __call__(self, engine: Engine) -> dict[str, float]:
-        """{"validation_nll": nats per token, "validation_bits_per_byte": ...}. A collective call."""
+    def __call__(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """{"validation_nll": nats per token, "validation_bits_per_byte": ...}. A collective call.
+
+        stop: asked after each micro-batch whether to leave off, which all ranks must answer alike; None is returned then.
+        """
         device = self._world.device
         total, counted = torch.zeros(2, dtype=torch.float64, device=device), self._counted
         for nll in held_out_nll(engine.held_out_nll, self._tokens, self._indices, self._micro_batch, device):
             nll, counted = nll[:counted], max(0, counted - len(nll))
             total += torch.stack((nll.double().sum(), torch.tensor(float(nll.numel()), device=device)))
+            if stop():
+                return None
         nll_sum, count = self._world.sum(total).tolist()
         nll = nll_sum / count
         return {"validation_nll": nll, "validation_bits_per_byte": nll / math.log(2) / self._bytes_per_token}

@@ -95,9 +95,10 @@ class MetricSums:
     def __init__(self):
         self._totals: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(self, metrics: Metrics) -> None:
-        """Add one micro-batch's metrics, without waiting for the device."""
+    def add(self, metrics: Metrics, skipped: Tensor) -> None:
+        """Add one micro-batch's metrics, unless its step was skipped (a bool scalar), without waiting for the device."""
         for name, (sums, counts) in metrics.items():
+            sums, counts = sums.masked_fill(skipped, 0), counts.masked_fill(skipped, 0)
             before = self._totals.get(name, (0, 0))
             self._totals[name] = (before[0] + sums, before[1] + counts)
 

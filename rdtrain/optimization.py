@@ -7,11 +7,12 @@ Of a model with untied blocks a step trains one, and the optimizer does not touc
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .model.recurrent import RecurrentDepthLM
 
@@ -99,6 +100,10 @@ class BlockAdamW(torch.optim.AdamW):
     active_block: int | None = None
     """The block that the next step trains; None trains all."""
 
+    must_skip: Callable[[], Tensor] | None = None
+    """Asked in each step whether it must change nothing: a bool scalar, the same however often it is asked. None for never. A fused
+    optimizer leaves the choice to the device that holds the scalar."""
+
     def create_state(self) -> None:
         """State of step 0 for what `param_groups` holds now and has none."""
         for group in self.param_groups:
@@ -114,6 +119,13 @@ class BlockAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         """One step of the active groups, of those that `param_groups` holds now: ZeRO may show a part of them at a time."""
         self.create_state()
+        if self.must_skip is not None:
+            skip = self.must_skip()
+            if self.defaults["fused"]:  # torch's own means, for gradients that overflow: weights, moments and step counts stay
+                device = next(parameter.device for group in self.param_groups for parameter in group["params"])
+                self.found_inf = skip.to(device).float()
+            elif skip:
+                return None
         groups = self.param_groups
         active = (None, self.active_block)
         self.param_groups = [group for group in groups if self.active_block is None or group["block"] in active]

@@ -6,23 +6,26 @@ an objective learns beside the weights is in every checkpoint, so a run that was
 """
 
 import math
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 from tqdm import tqdm
 
-from .checkpoint import Checkpointer, load_weights, refuse_other_model
+from .checkpoint import Checkpointer, load_weights, read_state, refuse_other_model
+from .checkpoint_storage import checkpoint_folder
 from .config import Config
-from .data.loader import Loader, rank_indices
+from .data.loader import Loader, rank_indices, read_ahead
 from .data.shards import ShardReader
-from .distributed import World, stop_signals
+from .distributed import World, agree, on_device
 from .engine import Engine, build_engine, start_processes
-from .errors import UserError
+from .errors import UserError, first_line
 from .evaluation import Evaluator
+from .faults import StepJudge, too_many_skipped
 from .metrics import MetricLogger, MetricSums
 from .model.attention import attention_backend
 from .model.recurrent import ModelConfig, RecurrentDepthLM
@@ -30,9 +33,7 @@ from .objectives import Objective, build_objective
 from .optimization import learning_rate
 from .randomness import SampleRandom
 from .run_folder import PeakMemory, claimed, record_facts, start_facts
-
-INTERRUPTED = 130
-"""Exit code of a run that was asked to stop, as a shell counts SIGINT."""
+from .watch import AGAIN, Watch
 
 
 @dataclass
@@ -123,17 +124,32 @@ def _refuse_uneven_groups(config: Config, objective: Objective, world: World) ->
 
 
 def train(config: Config) -> int:
-    """Train, or continue, the run of a config. Returns the exit code: 0 when it is complete, INTERRUPTED when asked to stop.
+    """Train, or continue, the run of a config. Returns the exit code: 0 when it is complete, one of watch.EXIT_CODES when asked to stop.
 
     Every rank calls this. Raises UserError for anything that a user can mend.
     """
     world = World.from_environment()
+    with Watch(Path(config.run.folder), config.faults.hang_seconds, world) as watch:
+        try:
+            return _train(config, world, watch)
+        except (RuntimeError, UserError) as error:
+            cause = error.__cause__ or error  # saving and loading make a UserError of whatever goes wrong
+            if not (isinstance(cause, dist.DistError) or "gloo" in str(cause)):
+                raise
+            watch.end(
+                f"rank {world.rank} lost another rank in {watch.doing} ({first_line(cause)}): see what that one said; {AGAIN}",
+                watch.stop_code or 1, every_rank=True,
+            )
+
+
+def _train(config: Config, world: World, watch: Watch) -> int:
     plan = Plan.make(config, world)
     with claimed(config, world) as folder:
         start_processes(config.engine, world)
         checkpoints = Checkpointer(folder, config.checkpoint, plan.tokenizer, world)
         saved = checkpoints.newest_whole()
-        if saved is not None and saved >= plan.total_steps:
+        complete = saved is not None and saved >= plan.total_steps
+        if complete and not read_state(checkpoint_folder(folder, saved)).get("unfinished_record"):
             if world.is_main:
                 print(f"{folder} is complete at step {saved}; nothing to do")
             return 0
@@ -147,12 +163,15 @@ def train(config: Config) -> int:
             config.engine, model, plan.objective, config.optimizer, config.batch.micro_sequences, plan.accumulation, world
         )
         if config.engine.compile:  # before the clock starts
+            watch.work("compiling")
             indices = range(config.batch.micro_sequences)
             untouched = plan.objective.state(world)
-            engine.warm_up(_on_device(plan.loader.batch(indices), world.device), SampleRandom(config.run.seed, indices, world.device))
+            engine.warm_up(on_device(plan.loader.batch(indices), world.device), SampleRandom(config.run.seed, indices, world.device))
             plan.objective.load_state(untouched, world)
-        state = {"step": 0, "seconds": 0.0}
+        zeros = {"step": 0, "tokens": 0, "training_flops": 0.0, "seconds": 0.0}
+        state = {"step": 0, "seconds": 0.0, "unfinished_record": zeros}
         if saved is not None:
+            watch.work("loading the checkpoint")
             state = checkpoints.load(saved, engine, plan.tokenizer_hash)
             plan.objective.load_state(state["objective_state"], world)
         dtype = config.engine.dtype(world.device)
@@ -182,53 +201,85 @@ def train(config: Config) -> int:
                 + (f", continuing from step {saved}" if saved is not None else "")
             )
         facts["config"] = asdict(config)
-        return _train_steps(config, plan, engine, world, checkpoints, memory, facts, state["step"], state["seconds"])
+        return _train_steps(config, plan, engine, world, watch, checkpoints, memory, facts, state)
 
 
-def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, checkpoints: Checkpointer, memory: PeakMemory, facts: dict,
-                 step: int, seconds: float) -> int:
-    """The loop, from a step at which so many seconds have been trained; `facts` go into every checkpoint."""
-    folder = Path(config.run.folder)
+def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch: Watch, checkpoints: Checkpointer, memory: PeakMemory,
+                 facts: dict, state: dict) -> int:
+    """The loop, from the state of a checkpoint on, or of the start; `facts` go into every checkpoint."""
+    folder, seed = Path(config.run.folder), config.run.seed
     batch, schedule, groups = config.batch, config.schedule, config.engine.groups(config.model.blocks)
+    step, seconds = state["step"], state["seconds"]
+    judge = StepJudge(config.faults, config.model.blocks, world, state.get("judge"))
+    settings = config.result_settings() | {"data": None}  # machines may have the same data in different places
+    identity = repr((settings, plan.total_steps, plan.tokenizer_hash, plan.loader.samples_per_epoch))
     logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world, resume_step=step)
-    if step == 0:
-        logger.log({"step": 0, "tokens": 0, "training_flops": 0.0, "seconds": 0.0} | plan.evaluator(engine))
-    sums, logged_step, logged_seconds = MetricSums(), step, seconds
+
+    def shares(step: int, rank: int = world.rank) -> list[range]:
+        return rank_indices(step, batch.global_sequences, world.size, rank, batch.micro_sequences, groups)
+
+    def stop_now() -> int:
+        """The exit code to stop with, where all ranks wait for each other anyway; 0 for none."""
+        return agree(world, f"what follows step {step}", step, watch.stop_code)()
+
+    def stop_evaluating() -> bool:
+        nonlocal asked
+        before, asked = asked, agree(world, f"the evaluation of step {step}", step, watch.stop_code)
+        return before is not None and before() > 0
+
+    def save(unfinished_record: dict | None) -> None:
+        watch.work(f"the checkpoint of step {step}")
+        beside = {"objective_state": plan.objective.state(world), "judge": judge.state(), "unfinished_record": unfinished_record}
+        checkpoints.save({"step": step, "seconds": seconds} | facts | beside, engine)
+
+    if state.get("unfinished_record"):
+        watch.work(f"the evaluation of step {step}")
+        record = state["unfinished_record"] | plan.evaluator(engine)
+        logger.log(record)
+        if step == plan.total_steps:
+            save(None)
+    batches = read_ahead(lambda step: [(share, plan.loader.batch(share)) for share in shares(step)], step, plan.total_steps)
+    sums, logged_step, logged_seconds, due = MetricSums(), step, seconds, False
     progress = tqdm(total=plan.total_steps, initial=step, desc=config.run.name, unit="step", disable=not world.is_main, mininterval=1)
-    with closing(logger), progress, checkpoints, stop_signals(world) as stop_agreed:
+    with closing(logger), progress, checkpoints, closing(batches):
         while step < plan.total_steps:
             started = time.perf_counter()
+            watch.work(f"step {step + 1}")
+            watch.worth_saving = True
             rate = learning_rate(step, plan.total_steps, config.optimizer, schedule)
+            of_step = SampleRandom(seed, (), world.device, step)
+            shared = (identity, step, rate, shares(step, 0), plan.objective.shared_draw(of_step), judge.total)
+            answer = agree(world, f"step {step + 1}", shared, watch.stop_code)
             micro_batches = (
-                (
-                    _on_device(plan.loader.batch(indices), world.device),
-                    SampleRandom(config.run.seed, indices, world.device, step),
-                )
-                for indices in rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences, groups)
+                (on_device(tokens, world.device), SampleRandom(seed, share, world.device, step)) for share, tokens in next(batches)
             )
-            block = plan.objective.active_block(SampleRandom(config.run.seed, (), world.device, step))
-            for loss in engine.train_step(micro_batches, rate, block):
-                sums.add(loss.metrics)
+            block = plan.objective.active_block(of_step)
+            judge.block = block or 0
+            plan.objective.before_step()
+            for loss in engine.train_step(micro_batches, rate, block, judge):
+                sums.add(loss.metrics, judge.skipped)
             step += 1
-            plan.objective.after_step(step, world)
+            judge.note(step, rate)
+            plan.objective.after_step(step, world, judge.skipped)
             checkpoints.after_step()
-            stop = stop_agreed()
+            stop = answer()
             last = step == plan.total_steps
             evaluate = last or step % config.evaluation.interval == 0
-            save = stop or last or step % config.checkpoint.interval == 0
-            log = save or evaluate or step % config.logging.interval == 0
+            due = due or step % config.checkpoint.interval == 0
+            log = stop or due or evaluate or step % config.logging.interval == 0
             if log and world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - started
             progress.update()
+            for skipped in judge.read(last_too=log):
+                progress.write(
+                    f"step {skipped.step} skipped: loss {skipped.loss:.4g}, gradient norm {skipped.gradient_norm:.4g}", file=sys.stderr
+                )
+            if len(judge.row) >= config.faults.stop_after_skipped:
+                raise too_many_skipped(judge.row, config, world)
+            record = unfinished = None
             if log:
-                means = sums.means(world)
                 gradient_norm = engine.gradient_norm()
-                if not (math.isfinite(means["loss"]) and math.isfinite(gradient_norm)):  # before it could be saved
-                    raise UserError(
-                        f"the loss or its gradient is not finite at step {step} of {folder}: lower optimizer.learning_rate (now "
-                        f"{config.optimizer.learning_rate}) or set optimizer.gradient_clipping, and start a new run.folder"
-                    )
                 step_seconds = (seconds - logged_seconds) / (step - logged_step)
                 logged_step, logged_seconds = step, seconds
                 record = {
@@ -236,33 +287,35 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, check
                     "tokens": step * plan.tokens_per_step,
                     "training_flops": step * plan.flops_per_step,
                     "seconds": seconds,
-                    **means,
+                    **sums.means(world),
                     "learning_rate": rate,
-                    "gradient_norm": gradient_norm,
+                    "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
+                    "skipped_steps": judge.total,
                     "step_seconds": step_seconds,
                     "tokens_per_second": plan.tokens_per_step / step_seconds,
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
                 }
                 if evaluate:
-                    record |= plan.evaluator(engine)
-                    progress.set_postfix_str(f"loss {means['loss']:.3f}, held-out NLL {record['validation_nll']:.3f}")
-                logger.log(record)
-            if save:
-                state = {"step": step, "seconds": seconds} | facts | {"objective_state": plan.objective.state(world)}
-                checkpoints.save(state, engine)
-            if stop and not last:
+                    watch.work(f"the evaluation of step {step}")
+                    asked = None
+                    held_out = None if stop else plan.evaluator(engine, stop_evaluating)
+                    unfinished = record if held_out is None else None
+                    record |= held_out or {}
+                    progress.set_postfix({key: f"{record[key]:.3f}" for key in ("loss", "validation_nll") if record.get(key) is not None})
+                    stop = stop or stop_now()
+                if not unfinished:
+                    logger.log(record)
+            # While steps are being skipped there are no new weights, and older checkpoints must not make room for them.
+            if stop or last or (due and not judge.row):
+                save(unfinished)
+                due = False
+                stop = stop or stop_now()
+            if stop and (unfinished or not last):
                 checkpoints.finish()
                 if world.is_main:
                     progress.close()
-                    print(f"stopped at step {step} with a checkpoint; start the same command again to continue")
-                return INTERRUPTED
+                    print(f"stopped at step {step} with a checkpoint; {AGAIN}", flush=True)
+                return stop
     if world.is_main:
         print(f"{config.run.name}: {step} steps, held-out NLL {record['validation_nll']:.4f}, in {folder}")
     return 0
-
-
-def _on_device(tokens: Tensor, device: torch.device) -> Tensor:
-    """Copied without waiting for the work that the device still has to do, which only pinned memory allows."""
-    if device.type == "cuda":
-        tokens = tokens.pin_memory()
-    return tokens.to(device, non_blocking=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rdtrain.distributed import World, stop_signals
+from rdtrain.distributed import World, agree
 from rdtrain.engine import EngineSettings, build_engine
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
@@ -34,9 +34,8 @@ def test_a_training_step_does_not_wait_for_the_device(name, no_waiting):
 
     for number in range(2):
         step(number)
-    with stop_signals(world) as stop_agreed:
-        stop_agreed()
-        no_waiting()
-        for number in range(2, 4):
-            step(number)
-            assert not stop_agreed()
+    no_waiting()
+    for number in range(2, 4):
+        answer = agree(world, f"step {number}", number, 0)
+        step(number)
+        assert answer() == 0

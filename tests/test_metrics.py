@@ -13,10 +13,11 @@ from rdtrain.metrics import MetricSums, read_metrics
 from rdtrain.train import train
 
 
-def test_means_weigh_every_count_alike_and_start_anew():
-    sums = MetricSums()
-    sums.add({"loss": (torch.tensor(6.0), torch.tensor(2.0)), "parts": (torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))})
-    sums.add({"loss": (torch.tensor(1.0), torch.tensor(5.0)), "parts": (torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]))})
+def test_means_weigh_every_count_alike_leave_skipped_steps_out_and_start_anew():
+    sums, counts, skipped = MetricSums(), torch.tensor([1.0, 0.0]), torch.tensor([False, True])
+    sums.add({"loss": (torch.tensor(6.0), torch.tensor(2.0)), "parts": (torch.tensor([1.0, 0.0]), counts)}, skipped[0])
+    sums.add({"loss": (torch.tensor(torch.nan), torch.tensor(2.0)), "parts": (torch.tensor([torch.inf, 1.0]), counts)}, skipped[1])
+    sums.add({"loss": (torch.tensor(1.0), torch.tensor(5.0)), "parts": (torch.tensor([3.0, 0.0]), counts)}, skipped[0])
     world = World(0, 1, 0, torch.device("cpu"))
     assert sums.means(world) == {"loss": 1.0, "parts": [2.0, None]}
     assert sums.means(world) == {}

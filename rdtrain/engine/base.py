@@ -19,6 +19,9 @@ from ..randomness import SampleRandom
 MicroBatch = tuple[Tensor, SampleRandom]
 """Tokens [B, T + 1] on the engine's device, and the random numbers of their samples."""
 
+Judge = Callable[[Tensor, Tensor | float], Tensor]
+"""Says from this rank's loss of a step and the global gradient norm whether the step must change nothing: a bool scalar. Collective."""
+
 
 @dataclass
 class EngineSettings:
@@ -82,6 +85,11 @@ class TrainingModule(nn.Module):
             return loss.value, loss.metrics
 
 
+def mean_loss(losses: list[Loss]) -> Tensor:
+    """The loss of a rank's micro-batches, detached."""
+    return torch.stack([loss.value.detach() for loss in losses]).mean()
+
+
 class Engine(ABC):
     """Weights, gradients and optimizer of one rank. What is called collective, all ranks call, and equally often."""
 
@@ -92,10 +100,12 @@ class Engine(ABC):
     """What a record of the run should say of the engine, for example the config that it was given."""
 
     @abstractmethod
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None,
+                   judge: Judge | None = None) -> list[Loss]:
         """One optimizer step over this rank's micro-batches; all are weighted alike. Returns their losses. Collective.
 
         block: the one that is trained, of a model with several; the others stay as they are. None where there is one.
+        judge: asked once, before weights and optimizer state change; where it says so, they stay as they were.
         """
 
     @abstractmethod

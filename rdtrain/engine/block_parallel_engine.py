@@ -23,7 +23,7 @@ from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, set_learning_rate
 from ..randomness import SampleRandom
-from .base import MicroBatch, TrainingModule
+from .base import Judge, MicroBatch, TrainingModule, mean_loss
 from .portable import gather
 from .torch_engine import TorchEngine
 
@@ -100,7 +100,8 @@ class BlockParallelEngine(TorchEngine):
         if self._awaited == 0 and self._group is not None:
             self._reduction = dist.all_reduce(self._core.message, group=self._group, async_op=True)
 
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None,
+                   judge: Judge | None = None) -> list[Loss]:
         """block: None, as all are trained."""
         assert block is None, f"block {block} alone cannot be trained"
         set_learning_rate(self._optimizer, learning_rate)
@@ -116,6 +117,9 @@ class BlockParallelEngine(TorchEngine):
         clipping = (self._clipping / (self._norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
         self._core.gradients.mul_(clipping)
         self._shared.gradients.mul_(clipping)
+        if judge is not None:
+            skip = judge(mean_loss(losses), self._norm)
+            self._optimizer.must_skip = lambda: skip
         self._optimizer.step()
         return losses
 

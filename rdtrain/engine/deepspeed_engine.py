@@ -4,6 +4,7 @@ The optimizer is torch's AdamW but for the blocks that it leaves out, so nothing
 """
 
 import datetime
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ..distributed import PROCESS_GROUP_MINUTES, World, backend, describe_lone_p
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
-from .base import Engine, MicroBatch, TrainingModule
+from .base import Engine, Judge, MicroBatch, TrainingModule, mean_loss
 from .portable import Part, flat_part, gather, scatter
 
 HOLDER = -1
@@ -69,21 +70,29 @@ class DeepSpeedEngine(Engine):
             for parameter in self._held:
                 parameter.ds_active_sub_modules.discard(HOLDER)
 
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None,
+                   judge: Judge | None = None) -> list[Loss]:
         self._optimizer.active_block = block
         set_learning_rate(self._engine.optimizer, learning_rate)
         idle = [core for index, core in enumerate(self.model.cores) if block is not None and index != block]
         if self._stage == 3:  # it would count an idle block's last gradient into the norm once more
             nn.ModuleList(idle).requires_grad_(False)
         losses = []
+        if judge is not None:
+            # ZeRO takes the norm inside its step, so its optimizer asks; it reads the norm itself, for a gradient that is not finite,
+            # and then leaves its step out and nobody has asked.
+            verdict = functools.cache(lambda: judge(mean_loss(losses), self._step_norm()))
+            self._optimizer.must_skip = verdict
         with self._core_held():
             for tokens, random in micro_batches:
                 loss = Loss(*self._engine(tokens, random))
                 self._engine.backward(loss.value)
                 if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():  # which reports no norm
                     self._norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-                self._engine.step()  # DeepSpeed counts micro-batches itself and updates at the last
                 losses.append(loss)
+                self._engine.step()  # DeepSpeed counts micro-batches itself and updates at the last
+        if judge is not None:
+            verdict()
         nn.ModuleList(idle).requires_grad_(True)
         return losses
 
@@ -102,8 +111,11 @@ class DeepSpeedEngine(Engine):
                         whole[name] = whole[name].clone()
         return whole
 
+    def _step_norm(self) -> float | Tensor:
+        return self._norm if self._stage == 0 else self._engine.optimizer._global_grad_norm
+
     def gradient_norm(self) -> float:
-        return float(self._norm if self._stage == 0 else self._engine.get_global_grad_norm())
+        return float(self._step_norm())
 
     def snapshot(self) -> dict[str, Tensor]:
         self._create_state()

@@ -7,7 +7,6 @@ train has no gradient at all, so it needs no more than BlockAdamW. On one rank a
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import World
 from ..model.layers import SandwichBlock
-from ..objectives import Loss
 from ..optimization import OptimizerSettings
 from ..randomness import SampleRandom
-from .base import MicroBatch, TrainingModule
+from .base import TrainingModule
 from .portable import Part, flat_part
 from .torch_engine import TorchEngine
 
@@ -46,10 +44,8 @@ class FSDPEngine(TorchEngine):
         super().__init__(module, optimizer, accumulation)
         self._rank, self._ranks = world.rank, world.size
 
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
-        losses = super().train_step(micro_batches, learning_rate, block)
-        self._norm = self._norm.full_tensor()
-        return losses
+    def _global(self, norm: DTensor) -> Tensor:
+        return norm.full_tensor()
 
     def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
         nll = super().held_out_nll(tokens, random)

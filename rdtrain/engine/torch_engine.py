@@ -9,7 +9,7 @@ from ..errors import UserError, first_line
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
-from .base import Engine, MicroBatch, TrainingModule
+from .base import Engine, Judge, MicroBatch, TrainingModule, mean_loss
 from .portable import Part, flat_part, gather, scatter
 
 
@@ -27,7 +27,8 @@ class TorchEngine(Engine):
         self._accumulation = accumulation
         self._norm: float | Tensor = 0.0
 
-    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None) -> list[Loss]:
+    def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None,
+                   judge: Judge | None = None) -> list[Loss]:
         self._optimizer.active_block = block
         set_learning_rate(self._optimizer, learning_rate)
         losses = []
@@ -35,10 +36,17 @@ class TorchEngine(Engine):
             loss = Loss(*self._module(tokens, random))
             (loss.value / self._accumulation).backward()
             losses.append(loss)
-        self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clipping)
+        self._norm = self._global(nn.utils.clip_grad_norm_(self.model.parameters(), self._clipping))
+        if judge is not None:
+            skip = judge(mean_loss(losses), self._norm)
+            self._optimizer.must_skip = lambda: skip
         self._optimizer.step()
         self._optimizer.zero_grad()
         return losses
+
+    def _global(self, norm: Tensor) -> Tensor:
+        """A gradient norm of all ranks."""
+        return norm
 
     @torch.no_grad()
     def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:

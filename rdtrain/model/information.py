@@ -82,11 +82,19 @@ class InformationEstimate:
         self.pending = self.pending.to(losses.device)
         first, last = math.log(self.sigma_min), math.log(self.sigma_max)
         point = ((sigma.log() - first) * ((LEVELS - 1) / (last - first))).round().long().clamp(0, LEVELS - 1).flatten()
-        # A loss that is not finite ends the run elsewhere; here it must only not become an arbitrary whole number.
+        # A step with a loss that is not finite is withdrawn; here it must only not become an arbitrary whole number.
         nats = losses.detach().double().nan_to_num(0.0).clamp(0, 1000)
         units = (nats * (weight / UNIT)).round().long().sum_to_size(sigma.shape).flatten()
         tokens = torch.full_like(units, round(losses.numel() // sigma.numel() * weight / UNIT))
         self.pending.index_add_(1, point, torch.stack((units, tokens)))
+
+    def mark(self) -> None:
+        """Keep what is pending, to withdraw what is added from here on."""
+        self._marked = self.pending.clone()
+
+    def withdraw(self, where: Tensor) -> None:
+        """Go back to the mark where a bool scalar says so; waits for no device."""
+        self.pending = torch.where(where, self._marked.to(self.pending.device), self.pending)
 
     def fold(self, total: Tensor) -> None:
         """Take in `pending`, summed over all ranks, and start it anew."""

@@ -115,8 +115,18 @@ class Objective(ABC):
         """
         raise NotImplementedError
 
-    def after_step(self, step: int, world: World) -> None:  # noqa: B027 (most objectives learn nothing beside the weights)
-        """Called by every rank once `step` steps are done: what is learned beside the weights is brought up to date here."""
+    def shared_draw(self, random: SampleRandom) -> int | None:
+        """What all ranks must have drawn alike for a step: its block, or its depth."""
+        return self.active_block(random)
+
+    def before_step(self) -> None:  # noqa: B027 (most objectives learn nothing beside the weights)
+        """Called by every rank before a step, which may be skipped: what it teaches beside the weights must then be taken back."""
+
+    def after_step(self, step: int, world: World, skipped: Tensor | None = None) -> None:  # noqa: B027
+        """Called by every rank once `step` steps are done: what is learned beside the weights is brought up to date here.
+
+        skipped: a bool scalar on the device, whether nothing was to be learned from the last one; None where it counts.
+        """
 
     def state(self, world: World) -> dict:
         """What a checkpoint must keep besides the weights, as plain numbers; the same on every rank. A collective call."""

@@ -58,6 +58,9 @@ class BackpropagationThroughTime(Objective):
         depth_metric = (torch.full((), float(depth), device=losses.device), torch.ones((), device=losses.device))
         return Loss(losses.mean(), {"loss": sum_and_count(losses), "depth": depth_metric})
 
+    def shared_draw(self, random: SampleRandom) -> int:
+        return self.depth.draw(random.of_step())
+
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """All K iterations from a random state."""
         e = model.prelude(inputs)

@@ -167,8 +167,13 @@ class DiffusionBlocks(Objective):
             flops += parts.head * (1 + self.core_readout + (self.self_conditioning or self.chain_states) / 2)
         return flops
 
-    def after_step(self, step: int, world: World) -> None:
+    def before_step(self) -> None:
+        self.information.mark()
+
+    def after_step(self, step: int, world: World, skipped: Tensor | None = None) -> None:
         """Every FOLD_INTERVAL steps the curve takes in what all ranks have seen since."""
+        if skipped is not None:
+            self.information.withdraw(skipped)
         if step % FOLD_INTERVAL == 0:
             self.information.fold(world.sum(self.information.pending.to(world.device)))
             self._divide()
