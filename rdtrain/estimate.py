@@ -165,6 +165,12 @@ def engine_memory(shares: Shares, config: Config, number: int, accumulation: int
             gathered=2 * number * held,  # and their gradients, until these are reduced
             messages=FP32 * max(shares.root, shares.largest_layer),
         )
+    if engine.name == "block_parallel":  # the shared parts and one core; gradients lie in the two messages of a step
+        held = shares.active
+        return Memory(
+            weights=FP32 * held, gradients=FP32 * (held + 1), optimizer_state=2 * FP32 * held,
+            gathered=BF16 * held if number == BF16 else 0,
+        )
     stage = engine.zero_stage
     if stage == 0:
         return Memory(
@@ -221,6 +227,9 @@ def step_traffic(shares: Shares, config: Config, objective: Objective, number: i
             all_gather=accumulation * number * (shares.root + 2 * shares.layers) * ring,
             reduce_scatter=accumulation * FP32 * shares.active * ring,
         )
+    if engine.name == "block_parallel":  # the core's gradient stays in its group; one number more for the norm
+        core, group = shares.core // config.model.blocks, ranks // config.model.blocks
+        return Traffic(all_reduce=2 * FP32 * (core * (group - 1) / group + (shares.active - core + 1) * ring))
     stage = engine.zero_stage
     if stage == 0:
         return Traffic(all_reduce=2 * FP32 * whole * ring)

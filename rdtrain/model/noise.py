@@ -38,7 +38,7 @@ class NoiseSettings:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     overlap: float = 0.1
-    share_at_sigma_max: float = 0.3
+    share_at_sigma_max: float = 0.6
     partition: Literal["equi_probability", "uniform", "equal_information"] = "equi_probability"
     level_per: Literal["sequence", "token"] = "sequence"
     sigma_data: float | None = None

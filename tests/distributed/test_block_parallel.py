@@ -13,6 +13,7 @@ from rdtrain.data.loader import Loader, validation_windows
 from rdtrain.data.shards import ShardReader
 from rdtrain.distributed import World
 from rdtrain.errors import UserError
+from rdtrain.estimate import Shares, engine_memory, model_on_paper, step_traffic
 from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import DiffusionBlocks
@@ -21,7 +22,7 @@ from rdtrain.train import Plan, train
 
 CPU = torch.device("cpu")
 SETTINGS = {
-    "model": {"blocks": 2}, "engine": {"name": "block_parallel"}, "noise": {"partition": "equal_information"}, "schedule": {"steps": 18},
+    "model": {"blocks": 2}, "engine": {"name": "block_parallel"}, "noise": {"partition": "equal_information", "share_at_sigma_max": 0.3}, "schedule": {"steps": 18},
     "checkpoint": {"interval": 9}, "evaluation": {"interval": 9, "sequences": 5},
 }
 
@@ -45,6 +46,13 @@ def test_a_run_resumes_bit_for_bit_exports_one_model_and_goes_on_as_an_untied_ru
     first, records = recorded(run), read_metrics(run / "metrics.jsonl")
     facts, config = json.loads((run / "run.json").read_text()), load_config(path)
     assert facts["block_parallel"]["group_ranks"] == 1 and facts["block_parallel"]["reduced_bytes_per_step"]["core"] == 0
+    paper = model_on_paper(ModelConfig(**facts["model"]))
+    shares = Shares.of(paper, config, DiffusionBlocks(config.noise, 4, blocks=2), 2)
+    held, memory = facts["block_parallel"]["held_bytes_per_rank"], engine_memory(shares, config, 4, 1)
+    assert (held["weights"], held["gradients"]) == (memory.weights, memory.gradients)
+    assert held["optimizer_state"] == pytest.approx(memory.optimizer_state, rel=0.01)  # step counts aside
+    traffic = step_traffic(shares, config, DiffusionBlocks(config.noise, 4, blocks=2), 4, 1, 2)
+    assert traffic.bytes == facts["block_parallel"]["reduced_bytes_per_step"]["shared"]  # a ring of two: half of it, there and back
     for record in records[1:]:  # a step trains all blocks
         assert {k // 2 for k, loss in enumerate(record["loss_by_iteration"]) if loss is not None} == {0, 1}
 
