@@ -12,12 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from rdtrain import faults
-from rdtrain import train as loop
-from rdtrain.checkpoint import read_state
+from rdtrain.checkpoint import Checkpointer, read_state
 from rdtrain.config import load_config
 from rdtrain.engine.torch_engine import TorchEngine
 from rdtrain.faults import FaultSettings
 from rdtrain.metrics import read_metrics
+from rdtrain.model.information import UNIT
 from rdtrain.objectives import DiffusionBlocks, Loss
 from rdtrain.train import train
 
@@ -56,7 +56,7 @@ def signal_in_call(monkeypatch, owner, name: str, number: int, call: int) -> lis
     [
         (TorchEngine, "held_out_nll", 5, signal.SIGUSR1, 75, 4, 6),  # four batches an evaluation: the first one after step 0
         (TorchEngine, "held_out_nll", 9, signal.SIGTERM, 143, 8, 10),  # the last evaluation of all, still owed by a finished run
-        (loop, "save_checkpoint", 1, signal.SIGINT, 130, 4, 1),  # and no second checkpoint after that
+        (Checkpointer, "save", 1, signal.SIGINT, 130, 4, 1),  # and no second checkpoint after that
         (TorchEngine, "train_step", 6, signal.SIGUSR1, 75, 7, 7),
     ],
 )
@@ -81,7 +81,9 @@ def test_a_signal_in_any_phase_ends_in_a_checkpoint_from_which_nothing_shows(
 SIGNALS = """
 import os, signal, sys, time
 from rdtrain import train as loop
+from rdtrain.checkpoint import Checkpointer
 from rdtrain.cli import main
+from rdtrain.engine.torch_engine import TorchEngine
 where, numbers = sys.argv.pop(1), [signal.SIGINT, signal.SIGINT] if sys.argv[1] == "twice" else [int(sys.argv[1])]
 del sys.argv[1]
 def stuck(*arguments, **keywords):
@@ -89,11 +91,8 @@ def stuck(*arguments, **keywords):
         os.kill(os.getpid(), number)
         time.sleep(2.5)
     time.sleep(600)
-if where == "step":
-    from rdtrain.engine.torch_engine import TorchEngine
-    TorchEngine.train_step = stuck
-else:
-    setattr(loop, where, stuck)
+owner = {"build_engine": loop, "load": Checkpointer, "train_step": TorchEngine}[where]
+setattr(owner, where, stuck)
 main()
 """
 
@@ -102,14 +101,14 @@ main()
     ("where", "number", "code", "sentence"),
     [
         ("build_engine", signal.SIGTERM, 143, "stopped during start, with nothing new to save"),
-        ("load_checkpoint", signal.SIGUSR1, 75, "stopped during loading the checkpoint, with nothing new to save"),
-        ("step", "twice", 130, "stopped at once by a second interrupt"),
+        ("load", signal.SIGUSR1, 75, "stopped during loading the checkpoint, with nothing new to save"),
+        ("train_step", "twice", 130, "stopped at once by a second interrupt"),
     ],
 )
 def test_a_signal_with_nothing_to_save_and_a_second_interrupt_end_at_once(tiny_config, tmp_path, where, number, code, sentence):
     """Though the main thread is stuck and would never look."""
     path = tiny_config()
-    if where == "load_checkpoint":
+    if where == "load":
         assert train(load_config(path)) == 0
         (tmp_path / "run/checkpoints/step-00000008").rename(tmp_path / "away")
     before = sorted(tmp_path.glob("run/checkpoints/*"))
@@ -138,7 +137,7 @@ def test_a_skipped_step_teaches_nothing_and_levels_go_on_from_a_checkpoint(monke
                 signal_in_call(patched, TorchEngine, "train_step", signal.SIGTERM, 4)
             assert train(config) == code
     state = read_state(tmp_path / "parts/checkpoints/step-00000005")
-    assert sum(state["objective_state"]["pending"][1]) == 4 * 8 * 16  # of five steps, sequences and tokens
+    assert sum(state["objective_state"]["pending"][1]) * UNIT == 4 * 8 * 16  # of five steps, sequences and tokens
     assert state["judge"]["seen"] == [4] and state["judge"]["skipped"] == 1
     losses = [record["loss"] for record in read_metrics(tmp_path / "parts/metrics.jsonl")[1:]]
     assert state["judge"]["levels"][0][0] == pytest.approx((losses[0] + losses[1] + losses[3]) / 3 * 2 / 3 + losses[4] / 3, rel=1e-6)

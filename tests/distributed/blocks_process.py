@@ -107,7 +107,7 @@ def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: 
 
 def check(settings: EngineSettings, clipping: float, world: World) -> None:
     """AssertionError when one block trained is not what the reference says, or an idle one moved."""
-    objective = DiffusionBlocks(NoiseSettings(), 6, blocks=BLOCKS)
+    objective = DiffusionBlocks(NoiseSettings(share_at_sigma_max=0.3), 6, blocks=BLOCKS)
     # An epsilon as large as small gradients: else Adam makes whole steps of those that rounding alone makes differ from zero.
     optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=clipping, epsilon=1e-4)
     blocks = [objective.active_block(SampleRandom(SEED, (), CPU, step)) for step in range(STEPS)]

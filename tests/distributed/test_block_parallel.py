@@ -22,7 +22,8 @@ from rdtrain.train import Plan, train
 
 CPU = torch.device("cpu")
 SETTINGS = {
-    "model": {"blocks": 2}, "engine": {"name": "block_parallel"}, "noise": {"partition": "equal_information", "share_at_sigma_max": 0.3}, "schedule": {"steps": 18},
+    "model": {"blocks": 2}, "engine": {"name": "block_parallel"}, "schedule": {"steps": 18},
+    "noise": {"partition": "equal_information", "share_at_sigma_max": 0.3},
     "checkpoint": {"interval": 9}, "evaluation": {"interval": 9, "sequences": 5},
 }
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def test_steps_that_stay_bad_stop_the_run_with_their_batches_written_down(deepsp
     result = deepspeed("fault=nan-from:6", "--config", path, script=FAULTY)
     refused(result, "3 steps in a row were skipped, the last of them step 8 with loss nan", "skipped_steps.json")
     assert "step 6 skipped: loss nan" in result.stderr
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000003"]
     written = json.loads((tmp_path / "run/skipped_steps.json").read_text())
     assert written["seed"] == 7 and [step["step"] for step in written["steps"]] == [6, 7, 8]
     first = written["steps"][0]["ranks"]
@@ -60,15 +62,14 @@ def test_a_rank_that_hangs_ends_the_run_with_every_stack_written_down(deepspeed,
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_config, tmp_path, deepspeed, launcher):
-    path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3})
+    path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3, "asynchronous": False})
     command = [str(Path(sys.executable).parent / launcher), "--nproc-per-node" if launcher == "torchrun" else "--num_gpus", "2"]
     command += ["--master_port", free_port(), "--", FAULTY, "fault=kill:5", "--config", str(path)]
     with launched(command, tmp_path / "output") as process:
         assert process.wait(90) > 0
     output = (tmp_path / "output").read_text()
     assert "rank 0 lost another rank in step 5" in output and 'rdtrain/train.py", line' not in output, output
-    saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
-    assert saved == ["step-00000003"]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000003"]
     if launcher == "deepspeed":
         result = deepspeed("--config", path)
         assert result.returncode == 0 and "continuing from step 3" in result.stdout, result.stderr
@@ -89,6 +90,55 @@ def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny
             assert time.monotonic() < deadline
             time.sleep(0.2)
     assert len(list(tmp_path.glob("run/checkpoints/step-*/state.json"))) == 1
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, tmp_path, deepspeed, kills):
+    """Every second kill comes at any time from the start on, the others while steps are made and saved, of which every second is."""
+    settings = dict(
+        engine={"name": "deepspeed", "zero_stage": 2}, schedule={"steps": 150 * kills}, checkpoint={"interval": 2},
+        evaluation={"interval": 150 * kills},
+    )
+    whole, path, draw = tiny_config("whole", **settings), tiny_config("killed", **settings), random.Random(kills)
+    assert deepspeed("--config", whole, timeout=1800).returncode == 0
+    checkpoints = tmp_path / "killed/checkpoints"
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+    for kill in range(kills):
+        before, deadline = newest(checkpoints), time.monotonic() + 120
+        port = ["--master_port", free_port(), "--"]
+        with launched([*command, *port, "launch/train.py", "--config", str(path)], tmp_path / "output") as process:
+            while newest(checkpoints) == before if kill % 2 == 0 else len(ranks(process.pid)) < 2:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 1 if kill % 2 == 0 else 8))
+            os.kill(draw.choice(ranks(process.pid)), signal.SIGKILL)
+            assert process.wait(60) != 0
+            while members(process.pid):
+                assert time.monotonic() < deadline + 60
+                time.sleep(0.05)
+    result = deepspeed("--config", path, timeout=1800)
+    assert result.returncode == 0 and "continuing from step" in result.stdout, result.stderr
+    last = f"checkpoints/step-{150 * kills:08d}"
+    for name in ("model.safetensors", "shard-0.safetensors", "shard-1.safetensors"):
+        assert (tmp_path / "whole" / last / name).read_bytes() == (tmp_path / "killed" / last / name).read_bytes()
+    losses = [[record["loss"] for record in read_metrics(tmp_path / run / "metrics.jsonl")[1:]] for run in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+def newest(checkpoints: Path) -> str:
+    """What the newest checkpoint of a run is called; nothing where there is none."""
+    latest = checkpoints / "latest"
+    return latest.read_text() if latest.exists() else ""
+
+
+def ranks(session: int) -> list[int]:
+    """The processes of a launcher's session that train."""
+    found = []
+    for member in members(session):
+        with suppress(OSError):  # it has just ended
+            words = Path(f"/proc/{member}/cmdline").read_bytes().split(b"\0")
+            found += [member] if any(word.startswith(b"--local_rank=") for word in words) else []
+    return found
 
 
 def members(session: int) -> list[int]:

@@ -154,7 +154,7 @@ def test_draws_have_uniform_iterations_the_set_share_of_pure_noise_and_levels_of
 
 
 def test_each_token_draws_its_own_iteration_and_level_and_is_pure_noise_with_the_set_share(random_of):
-    settings = NoiseSettings(level_per="token", partition="uniform")
+    settings = NoiseSettings(level_per="token", partition="uniform", share_at_sigma_max=0.3)
     iteration, sigma = DiffusionBlocks(settings, K).draw(random_of(range(40)), 100)
     assert iteration.shape == sigma.shape == (40, 100)
     pure = sigma == 80.0

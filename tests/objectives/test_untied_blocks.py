@@ -71,7 +71,8 @@ def test_blocks_that_train_side_by_side_are_weighted_as_they_are_drawn(build_mod
 
 
 def test_only_the_active_core_gets_a_gradient_and_operations_are_those_of_one_core(build_model, tokens):
-    model, objective, blocks = build_model(True, iterations=K, blocks=B), DiffusionBlocks(NoiseSettings(), K, blocks=B), set()
+    model, blocks = build_model(True, iterations=K, blocks=B), set()
+    objective = DiffusionBlocks(NoiseSettings(share_at_sigma_max=0.3), K, blocks=B)
     for step in range(12):
         random = SampleRandom(1, range(6), CPU, step)
         model.zero_grad()
