@@ -60,7 +60,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_stack_written_down(deepspeed,
     assert 'faulty_train.py", line' in stacks[1] and "s in step 3" in stacks[1]
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_config, tmp_path, deepspeed, launcher):
     path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3, "asynchronous": False})
     command = [str(Path(sys.executable).parent / launcher), "--nproc-per-node" if launcher == "torchrun" else "--num_gpus", "2"]
