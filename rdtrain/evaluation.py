@@ -17,6 +17,7 @@ from .data.loader import validation_windows
 from .data.shards import ShardReader
 from .distributed import World
 from .engine import Engine
+from .objectives.base import sum_and_count
 from .randomness import SampleRandom
 
 
@@ -75,7 +76,7 @@ class Evaluator:
         total, counted = torch.zeros(2, dtype=torch.float64, device=device), self._counted
         for nll in held_out_nll(engine.held_out_nll, self._tokens, self._indices, self._micro_batch, device):
             nll, counted = nll[:counted], max(0, counted - len(nll))
-            total += torch.stack((nll.double().sum(), torch.tensor(float(nll.numel()), device=device)))
+            total += torch.stack(sum_and_count(nll.double()))
             if stop():
                 return None
         nll_sum, count = self._world.sum(total).tolist()
