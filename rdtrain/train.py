@@ -250,9 +250,12 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
             of_step = SampleRandom(seed, (), world.device, step)
             shared = (identity, step, rate, shares(step, 0), plan.objective.shared_draw(of_step), judge.total)
             answer = agree(world, f"step {step + 1}", shared, watch.stop_code)
-            micro_batches = (
-                (on_device(tokens, world.device), SampleRandom(seed, share, world.device, step)) for share, tokens in next(batches)
-            )
+            try:
+                read = next(batches)
+            except UserError as error:
+                error.everywhere = False  # a rank reads samples of its own
+                raise
+            micro_batches = ((on_device(tokens, world.device), SampleRandom(seed, share, world.device, step)) for share, tokens in read)
             block = plan.objective.active_block(of_step)
             judge.block = block or 0
             plan.objective.before_step()
