@@ -14,13 +14,16 @@ the dtype that they come in; noise levels are Python floats.
 
 import math
 
-import torch
 from torch import Tensor
 
+from .text_random import ITERATION, PositionRandom
 
-def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens [...] from softmax(logits [..., V]), by the Gumbel maximum: unlike torch.multinomial, without waiting for the device."""
-    exponential = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=torch.finfo(logits.dtype).tiny)
+
+def draw_tokens(logits: Tensor, exponential: Tensor) -> Tensor:
+    """Tokens [...] from softmax(logits [..., V]), by the Gumbel maximum: unlike torch.multinomial, without waiting for the device.
+
+    exponential: exponential numbers of mean 1, none of them 0, of the logits' shape.
+    """
     return (logits - exponential.log()).argmax(-1)
 
 
@@ -64,13 +67,18 @@ def ancestral_step(z: Tensor, target: Tensor, eps: Tensor, sigma: float, sigma_n
 
 
 class Solver:
-    """The way of one position of each row down the levels; made anew for each.
+    """The way of positions [B, n] down the levels; made anew for each. z is [B, n, d].
 
-    unit_embeddings: [V, d], the target of each token. generator: of what a solver draws, on their device.
+    unit_embeddings: [V, d], the target of each token. random: the positions' random numbers, of which iteration k, from 0, has two
+    purposes of its own: ITERATION + 2 k and the next.
     """
 
-    def __init__(self, unit_embeddings: Tensor, generator: torch.Generator):
-        self.unit_embeddings, self.generator = unit_embeddings, generator
+    def __init__(self, unit_embeddings: Tensor, random: PositionRandom):
+        self.unit_embeddings, self.random = unit_embeddings, random
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows [R] of the batch."""
+        self.random = self.random.rows(rows)
 
     def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """z [..., d] at sigma and the logits [..., V] of the iteration that ran there -> z at sigma_next < sigma."""
@@ -95,9 +103,15 @@ class MultistepSolver(Solver):
     That costs no order: D is the mean of all targets, whatever z, where the noise drowns them.
     """
 
-    def __init__(self, unit_embeddings: Tensor, generator: torch.Generator):
-        super().__init__(unit_embeddings, generator)
+    def __init__(self, unit_embeddings: Tensor, random: PositionRandom):
+        super().__init__(unit_embeddings, random)
         self._previous: tuple[Tensor, float] | None = None
+
+    def keep(self, rows: Tensor) -> None:
+        """The same, and of what is remembered."""
+        super().keep(rows)
+        if self._previous is not None:
+            self._previous = self._previous[0][rows], self._previous[1]
 
     def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """A step of second order; consecutive calls are consecutive iterations."""
@@ -116,10 +130,15 @@ class AncestralSolver(Solver):
     targets have length one, so the tokens are off by a relative 1 / sigma_max^2 or so.)
     """
 
+    def __init__(self, unit_embeddings: Tensor, random: PositionRandom):
+        super().__init__(unit_embeddings, random)
+        self._purpose = ITERATION
+
     def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        """The token first, then the noise, from the generator."""
-        target = self.unit_embeddings[draw_tokens(logits, self.generator)]
-        eps = torch.empty_like(z).normal_(generator=self.generator)
+        """The token's random numbers are of an iteration's first purpose, the noise of its second."""
+        target = self.unit_embeddings[draw_tokens(logits, self.random.exponential(self._purpose, logits.shape[-1]))]
+        eps = self.random.normal(self._purpose + 1, z.shape[-1])
+        self._purpose += 2
         return ancestral_step(z, target, eps, sigma, sigma_next)
 
 

@@ -11,10 +11,16 @@ from scipy.stats import chisquare
 
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 from rdtrain.model.solvers import SOLVERS, ancestral_step, draw_tokens, euler_step, multistep_step
+from rdtrain.model.text_random import TOKEN, TextRandom
 
 
 def draw(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random(rows, seed):
+    """The random numbers of one position of so many texts."""
+    return TextRandom(torch.arange(rows) + 1_000_000 * seed).at(torch.zeros(1, 1, dtype=torch.long))
 
 
 def levels(iterations):
@@ -77,10 +83,10 @@ class Toy:
 
     def run(self, name, z, chain, seed=0):
         """Down the levels of the chain from z [N, 4] at its first, and the logits at the last."""
-        solver = SOLVERS[name](self.targets, torch.Generator().manual_seed(seed))
+        z, solver = z.unsqueeze(1), SOLVERS[name](self.targets, random(len(z), seed))
         for sigma, sigma_next in zip(chain, chain[1:]):
             z = solver.step(z, self.logits(z, sigma), sigma, sigma_next)
-        return z, self.logits(z, chain[-1])
+        return z[:, 0], self.logits(z, chain[-1])[:, 0]
 
 
 def flow_in_sigma(toy, z, first, last):
@@ -125,7 +131,7 @@ def chance_of_the_priors_tokens(name, iterations, seed):
     toy, number = Toy(), 20_000
     chain = levels(iterations)[:-1]
     _, logits = toy.run(name, chain[0] * draw(number, 4, seed=seed), chain, seed)
-    counts = draw_tokens(logits, torch.Generator().manual_seed(seed + 1)).bincount(minlength=6)
+    counts = draw_tokens(logits, random(number, seed).exponential(TOKEN, 6)[:, 0]).bincount(minlength=6)
     return chisquare(counts.numpy(), number * toy.prior.numpy() / toy.prior.sum().item()).pvalue
 
 
