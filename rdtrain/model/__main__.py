@@ -41,6 +41,8 @@ def main() -> None:
         "the next: below 1 the text becomes likelier and less varied, earlier than --temperature can make it"
     )
     parser.add_argument("--chain-top-p", type=float, default=1.0, help="as --top-p, within each iteration but the last")
+    parser.add_argument("--chain-top-k", type=int, default=0, help="as --top-k, within each iteration but the last: quicker for "
+                        "one text at a time")
     parser.add_argument("--chain-readout", default="coda", help="where each iteration but the last is read: coda, or core, which is "
                         "quicker and needs a model with a core readout")
     parser.add_argument("--exit", default="never", help="end a token's iterations when it has settled: never; entropy or kl, of its "
