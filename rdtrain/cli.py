@@ -279,7 +279,10 @@ def _add_evaluate(verbs) -> None:
     parser.add_argument("--samples", type=Path, nargs="+", default=[], help="score these samples-*.jsonl instead of models")
     parser.add_argument("--skip", nargs="+", default=[], choices=("likelihood", "samples"), help="parts to leave out")
     parser.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one)")
-    parser.add_argument("--batch", type=int, default=32, help="sequences or continuations at a time; samples depend on it")
+    parser.add_argument(
+        "--batch", type=int, help="sequences or continuations at a time (default: 32; of continuations on CUDA, as many as have a "
+        "cache in a third of the memory, at most 1024)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of noise, sampling and MAUVE's clusters")
     _add_overwrite(parser)
     likelihood = parser.add_argument_group("likelihood")
@@ -303,7 +306,13 @@ def _add_evaluate(verbs) -> None:
     samples.add_argument("--solver", help="how a denoising model's chain steps: euler, multistep or ancestral (default: euler)")
     samples.add_argument("--chain-temperature", type=float, help="of the distributions inside the chain (default: 1)")
     samples.add_argument("--chain-top-p", type=float, help="top-p of the distributions inside the chain (default: 1)")
+    samples.add_argument("--chain-top-k", type=int, help="top-k of the distributions inside the chain (default: all)")
     samples.add_argument("--chain-readout", help="where those are read: coda or core (default: coda)")
+    samples.add_argument("--exit", help="end a token's iterations when it has settled: never, entropy, kl or argmax (default: never)")
+    samples.add_argument("--exit-threshold", type=float, help="nats, or of argmax iterations (default: 0.05, 0.001 and 3)")
+    samples.add_argument("--exit-minimum", type=int, help="iterations that a token takes at least (default: 1)")
+    samples.add_argument("--caches", type=int, help="key-value caches that the iterations share (default: one for each)")
+    samples.add_argument("--cache-order", help="which of them share one: adjacent or cyclic (default: adjacent)")
     judges = parser.add_argument_group("judges", "Folders of Hugging Face models on this disk, or models of rdtrain; nothing is fetched.")
     judges.add_argument("--teacher", type=Path, help="a causal language model that scores each text given its prompt")
     judges.add_argument("--mauve-features", type=Path, help="a model whose last hidden state MAUVE compares (pip install rdtrain[mauve])")
@@ -317,7 +326,8 @@ def _evaluate(arguments) -> None:
     from .evaluate.mauve import MauveSettings
 
     values = vars(arguments)
-    names = ("top_k", "top_p", "min_p", "solver", "chain_temperature", "chain_top_p", "chain_readout")
+    names = ("top_k", "top_p", "min_p", "solver", "chain_temperature", "chain_top_p", "chain_top_k", "chain_readout", "exit",
+             "exit_threshold", "exit_minimum", "caches", "cache_order")
     sampling = {name: values[name] for name in names if values[name] is not None}
     mauve = MauveSettings(arguments.mauve_scaling, "auto" if arguments.mauve_clusters is None else arguments.mauve_clusters, arguments.seed)
     others = {name: values[name] for name in EvaluateSettings.__dataclass_fields__ if name not in ("sampling", "mauve")}
@@ -348,7 +358,7 @@ def _add_generate(verbs) -> None:
         "`rdtrain generate FOLDER --help` lists them.",
     )
     parser.add_argument("folder", type=Path, help="an exported folder")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on: --prompt, --iterations, --temperature ...")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on: --prompt, --interactive, --jsonl IN OUT, --iterations ...")
 
 
 def _generate(arguments) -> int:

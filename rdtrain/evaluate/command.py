@@ -16,6 +16,7 @@ from ..data.loader import validation_windows
 from ..data.output import write_atomically
 from ..data.shards import ShardReader
 from ..errors import UserError
+from ..model.decoding import cache_bytes
 from ..model.generation import Sampling, TextGenerator
 from ..run_folder import start_facts
 from .chain_likelihood import likelihood_of_chain
@@ -25,7 +26,7 @@ from .mauve import Mauve, MauveSettings, require_mauve
 from .models import Source, find_model
 from .reference import load_reference
 from .report import write_plots, write_report
-from .samples import Sample, choose_prompts, generate_samples, human_samples, read_samples, write_samples
+from .samples import Sample, choose_prompts, generate_samples, human_samples, iterations_used, read_samples, write_samples
 from .teacher import Teacher
 
 
@@ -36,7 +37,8 @@ class EvaluateSettings:
     models: exported, run or checkpoint folders. samples: samples files to score, instead of models. shards: held-out text.
     output: folder of the report. skip: parts to leave out, of `likelihood` and `samples`. device: None for CUDA where there is one.
     sequences, sequence_length: of held-out likelihood. sigma_levels: noise levels of the curve against sigma. nll_iterations: the
-    K's of an unrolled model's likelihood and of the bound on a denoising chain's. batch: sequences or continuations at a time.
+    K's of an unrolled model's likelihood and of the bound on a denoising chain's. batch: sequences or continuations at a time; None:
+    32 sequences, and as many continuations as `default_batch` says.
     prompts, prompt_tokens, continuations, new_tokens: what is generated, at each of iterations x temperatures, with `sampling`
     (further fields of Sampling). seed: of prompts' noise, sampling and MAUVE's clusters.
     teacher, mauve_features: folders of the judges. judge_batch: texts that they read at a time.
@@ -52,7 +54,7 @@ class EvaluateSettings:
     sequence_length: int = 512
     sigma_levels: int = 24
     nll_iterations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
-    batch: int = 32
+    batch: int | None = None
     prompts: int = 1000
     prompt_tokens: int = 50
     continuations: int = 5
@@ -78,7 +80,7 @@ class EvaluateSettings:
         if {"likelihood", "samples"} <= set(self.skip):
             raise UserError("--skip likelihood samples leaves nothing to evaluate: keep one of them")
         for name in ("sequences", "sequence_length", "batch", "prompts", "prompt_tokens", "continuations", "new_tokens", "judge_batch"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, and it is {getattr(self, name)}")
         if self.sigma_levels < 2:
             raise UserError(f"--sigma-levels must be at least 2, and it is {self.sigma_levels}")
@@ -147,9 +149,12 @@ def evaluate(settings: EvaluateSettings) -> str:
                 seconds = time.perf_counter() - started
                 name = f"samples-{_slug(source.name)}-K{iterations}-T{sampling.temperature:g}.jsonl"
                 write_samples(group, output / name)
-                report["texts"].append(
-                    {"file": name, "tokens_per_second": len(group) * settings.new_tokens / seconds} | _judge(group, teacher, mauve)
-                )
+                capacity = settings.prompt_tokens + settings.new_tokens
+                cost = {
+                    "tokens_per_second": len(group) * settings.new_tokens / seconds,
+                    "cache_bytes_per_text": cache_bytes(generator.model, iterations, sampling, capacity),
+                }
+                report["texts"].append({"file": name} | cost | _judge(group, teacher, mauve))
         del generator
     write_plots(report, output)
     write_atomically(output / "report.json", json.dumps(report, indent=2) + "\n")
@@ -159,7 +164,7 @@ def evaluate(settings: EvaluateSettings) -> str:
 
 
 def _likelihood(source: Source, generator: TextGenerator, tokens: Tensor, bytes_per_token: float, settings: EvaluateSettings) -> dict:
-    model = generator.model
+    model, batch = generator.model, settings.batch or 32
     record = {
         "model": source.name,
         "folder": str(source.folder),
@@ -168,16 +173,14 @@ def _likelihood(source: Source, generator: TextGenerator, tokens: Tensor, bytes_
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_tokens": source.config["trained_tokens"],
         "dtype": source.config["dtype"],
-        "held_out": asdict(measure_likelihood(model, source.objective(), tokens, bytes_per_token, settings.batch)),
+        "held_out": asdict(measure_likelihood(model, source.objective(), tokens, bytes_per_token, batch)),
     }
     if source.denoising:
-        record["by_iterations"] = likelihood_of_chain(
-            generator, settings.nll_iterations, tokens, bytes_per_token, settings.batch, source.name
-        )
-        record["cross_entropy_by_sigma"] = cross_entropy_by_sigma(generator, tokens, settings.batch, settings.sigma_levels, source.name)
+        record["by_iterations"] = likelihood_of_chain(generator, settings.nll_iterations, tokens, bytes_per_token, batch, source.name)
+        record["cross_entropy_by_sigma"] = cross_entropy_by_sigma(generator, tokens, batch, settings.sigma_levels, source.name)
     else:
         iterations = [k for k in settings.nll_iterations if source.runs_at(k)]
-        record["by_iterations"] = likelihood_by_iterations(source, model, iterations, tokens, bytes_per_token, settings.batch)
+        record["by_iterations"] = likelihood_by_iterations(source, model, iterations, tokens, bytes_per_token, batch)
     return record
 
 
@@ -193,6 +196,8 @@ def _judge(group: list[Sample], teacher: Teacher | None, mauve: Mauve | None) ->
         "diversity": asdict(ours),
         "human_diversity": asdict(human),
     }
+    if used := iterations_used(group):
+        record["iterations_used"] = used
     if teacher:
         record |= {"teacher": asdict(teacher.score(group)), "human_teacher": asdict(teacher.score_human(group))}
     if mauve:

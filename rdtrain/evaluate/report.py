@@ -69,6 +69,8 @@ def _texts(report: dict, settings: dict) -> list[str]:
         ("temperature", lambda one: f"{one['setting']['temperature']:g}"),
         *((name, lambda one, name=name: str(one["setting"].get(name, "-"))) for name in _varying(texts)),
     ]
+    if any("iterations_used" in one for one in texts):
+        columns += [("mean iterations", lambda one: f"{one['iterations_used']['mean']:.2f}" if "iterations_used" in one else "-")]
     if report["teacher"]:
         columns += [
             ("teacher NLL (nats/token)", lambda one: _number(one["teacher"]["nll"]) + _error(one["teacher"]["standard_error"])),

@@ -5,9 +5,11 @@ it writes after that belongs to another text and is dropped.
 """
 
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from tqdm import tqdm
 from ..data.output import write_atomically
 from ..data.shards import ShardReader
 from ..errors import UserError
-from ..model.generation import Sampling, TextGenerator, generate
+from ..model.decoding import Decoder, cache_bytes
+from ..model.generation import Sampling, TextGenerator
 from ..model.tokenizer import Tokenizer
 
 INCOMPLETE = "\ufffd"  # what bytes of a character that is not complete decode to
@@ -29,7 +32,8 @@ class Sample:
 
     model, setting: who wrote it, and how (iterations and the settings of sampling). prompt_number: which prompt; number: which of
     its continuations, from 0. prompt, continuation, human: texts; prompt_ids, continuation_ids, human_ids: the same as tokens of
-    the tokenizer with this hash. ended: whether the model ended the document.
+    the tokenizer with this hash. ended: whether the model ended the document. iterations_used: of each token of the continuation, where
+    the setting has an exit; else empty.
     """
 
     model: str
@@ -44,6 +48,7 @@ class Sample:
     human_ids: list[int]
     ended: bool
     tokenizer_hash: str
+    iterations_used: list[int] = field(default_factory=list)
 
 
 def setting_label(setting: dict) -> str:
@@ -89,37 +94,61 @@ def human_samples(tokenizer: Tokenizer, windows: np.ndarray, prompt_tokens: int)
 
 
 def generate_samples(generator: TextGenerator, name: str, prompts: list[Sample], continuations: int, iterations: int, sampling: Sampling,
-                     batch: int, seed: int) -> list[Sample]:
+                     batch: int | None, seed: int) -> list[Sample]:
     """So many continuations of each prompt, as long as the human text that `prompts` hold.
 
-    batch: continuations that are generated at a time; as they share a generator, the samples are a function of seed and batch.
+    batch: continuations that are generated at a time, at most; None: see `default_batch`. What a continuation draws is a function of
+    seed, prompt_number and number alone; so samples depend on the batch only as far as a device rounds sums otherwise in another one.
     UserError for settings that the model cannot run with.
     """
-    device = generator.model.embedding.weight.device
-    tokenizer = generator.tokenizer
-    setting = {"iterations": iterations, **vars(sampling)}
+    tokenizer, setting = generator.tokenizer, {"iterations": iterations, **vars(sampling)}
     order = [(prompt, number) for prompt in prompts for number in range(continuations)]
+    length = len(prompts[0].human_ids)
+    capacity = len(prompts[0].prompt_ids) + length
+    batch = batch or default_batch(generator, iterations, sampling, capacity)
+    batch = math.ceil(len(order) / math.ceil(len(order) / batch))  # as few batches, of one size
+    try:
+        decoder = Decoder(generator.model, generator.noise, iterations, sampling, batch, capacity)
+    except ValueError as error:
+        raise UserError(f"{name} cannot generate with {setting_label(setting)} ({error}): change that setting") from None
     samples = []
     with tqdm(total=len(order), desc=f"{name}: {setting_label(setting)}", unit="text", disable=None) as progress:
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            ids = torch.tensor([prompt.prompt_ids for prompt, _ in part], device=device)
-            batch_seed = random.Random(f"{seed}/samples/{start}").getrandbits(62)
-            length = len(prompts[0].human_ids)
-            try:
-                steps = list(generate(generator.model, ids, length, iterations, generator.noise, sampling, batch_seed))
-            except ValueError as error:
-                raise UserError(f"{name} cannot generate with {setting_label(setting)} ({error}): change that setting") from None
-            for (prompt, number), written in zip(part, torch.stack(steps, dim=1).tolist()):
+            rows = part + part[-1:] * (batch - len(part))  # a decoder's batch has one size; the last one is filled up
+            seeds = [random.Random(f"{seed}/samples/{prompt.prompt_number}/{number}").getrandbits(62) for prompt, number in rows]
+            decoder.truncate(0)
+            steps = decoder.generate(torch.tensor([prompt.prompt_ids for prompt, _ in rows]), seeds, length, tokenizer.eos_id)
+            tokens = torch.stack(list(steps), dim=1).tolist()
+            used = torch.stack(decoder.iterations_used, dim=1).tolist() if decoder.iterations_used else [[]] * batch
+            for (prompt, number), written, iterations_used in zip(part, tokens, used):
                 ended = tokenizer.eos_id in written
                 written = written[: written.index(tokenizer.eos_id)] if ended else written
                 continuation = texts_of(tokenizer, prompt.prompt_ids, written)[1]
                 samples.append(
                     replace(prompt, model=name, setting=setting, number=number, continuation=continuation, continuation_ids=written,
-                            ended=ended)
+                            ended=ended, iterations_used=iterations_used[: len(written)])
                 )
             progress.update(len(part))
     return samples
+
+
+def default_batch(generator: TextGenerator, iterations: int, sampling: Sampling, capacity: int) -> int:
+    """Continuations at a time: 32 on CPU; on CUDA as many as have a cache in a third of the device's memory, at most 1024."""
+    device = generator.model.embedding.weight.device
+    if device.type != "cuda":
+        return 32
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(1024, memory // 3 // cache_bytes(generator.model, iterations, sampling, capacity)))
+
+
+def iterations_used(samples: Sequence[Sample]) -> dict | None:
+    """Iterations a token of continuations took: their mean, and how many tokens took so many; None where no sample says so."""
+    counts = Counter(used for sample in samples for used in sample.iterations_used)
+    if not counts:
+        return None
+    mean = sum(used * count for used, count in counts.items()) / counts.total()
+    return {"mean": mean, "histogram": {str(used): counts[used] for used in sorted(counts)}}
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
@@ -137,7 +166,7 @@ def read_samples(paths: Sequence[Path]) -> list[list[Sample]]:
             for line in path.read_text().split("\n"):
                 if line:
                     tree = json.loads(line)
-                    sample = Sample(**{name: tree[name] for name in names})
+                    sample = Sample(**{name: tree[name] for name in names if name in tree})
                     groups.setdefault(json.dumps([sample.model, sample.setting]), []).append(sample)
         except OSError as error:
             raise UserError(f"samples file {path} cannot be read ({error.strerror}): correct the path") from None

@@ -29,12 +29,14 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     return "SDPA"
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention in which a query sees its own position and all earlier ones.
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention in which a query sees its own position and all earlier ones, or those where `mask` is true.
 
     query is [B, H, Tq, D]; key and value are [B, H, Tk, D] with Tk >= Tq. The queries are the last Tq of the Tk positions, as they
-    are when the first Tk - Tq keys come from a cache. Returns [B, H, Tq, D].
+    are when the first Tk - Tq keys come from a cache. mask: bool [1 or B, 1, Tq, Tk], of SDPA alone. Returns [B, H, Tq, D].
     """
+    if mask is not None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     queries, keys = query.shape[2], key.shape[2]
     if attention_backend(query.device, query.dtype) == "flash-attn":
         # flash-attn wants [B, T, H, D] and aligns its causal mask with the last key, as we do.

@@ -6,95 +6,196 @@ noised to level k, all positions in one pass. For an unrolled model a position s
 config says) and the core runs K times (Huginn, arXiv 2502.05171).
 
 The cache keeps, for each (iteration, layer), keys and values as they were computed while the token was made. Without a cache the
-same states are kept and everything else is computed anew at each token: slow, and a check on the cache. What is drawn, and in which
-order, is the same either way. Nothing here waits for the device.
+same states are kept and everything else is computed anew at each token: slow, and a check on the cache. What is drawn is a function of
+a text's seed and the position, the same either way and in any batch. What does not depend on the token is computed once, in the
+constructor. Nothing here waits for the device, but for `exit`, which must ask it which rows go on.
 """
 
 import torch
 from torch import Tensor
 
+from .adaptive import Exits
 from .cache import KeyValueCache
-from .denoiser import denoise_state
+from .denoiser import NoiseLevel, denoise_at
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import SOLVERS
+from .text_random import STATE, TextRandom
 
 
-class DenoisingChain:
-    """Next-token logits of a denoising model. Call it with the prompt, then with each chosen token."""
+class Chain:
+    """What both kinds share. Call it with the prompt, then with each chosen token.
+
+    random: of the last position, after a call, for `Sampling.draw`. iterations_used: int64 [B] of the last call, or None where all K
+    ran: without an exit, and over more than one new position, which is the prompt.
+    """
+
+    def __init__(self, model: RecurrentDepthLM, iterations: int, sampling: Sampling, cache: KeyValueCache | None, random: TextRandom):
+        """ValueError for adaptive iterations and shared caches without a cache."""
+        if cache is None and (sampling.exit != "never" or sampling.caches):
+            raise ValueError("exit and caches need the key-value cache: leave them out, or use it")
+        self._model, self.iterations, self._sampling, self._cache, self._random = model, iterations, sampling, cache, random
+        self._ids: Tensor | None = None  # without a cache: all tokens so far
+        self._length = 0
+        self.random = self.iterations_used = None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """New tokens [B, n], the next token of the last one being sought -> logits [B, V]."""
+        logits = self.logits(ids)
+        if self._cache is not None:
+            self._cache.advance()
+        self._length += ids.shape[1]
+        return logits
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """The same, but that the cache stays where it is: to be called again, or followed by its `advance`."""
+        raise NotImplementedError
+
+    def _begin(self, ids: Tensor):
+        """The random numbers of the new positions."""
+        if self._cache is not None:
+            self._cache.place.begin(self._model.rotary, ids.shape[1])
+            positions = self._cache.place.positions
+        else:
+            self._ids = _append(self._ids, ids)
+            positions = torch.arange(self._length, self._length + ids.shape[1], device=ids.device).unsqueeze(0)
+        random = self._random.at(positions)
+        self.random = random.last()
+        return random
+
+    def _exits(self, ids: Tensor) -> Exits | None:
+        if self._sampling.exit == "never" or ids.shape[1] > 1:
+            return None
+        return Exits(self._sampling, ids.shape[0], self._model.config.vocab_size, ids.device)
+
+    def _end(self, exits: Exits | None, logits: Tensor) -> Tensor:
+        self.iterations_used = None
+        if exits is None:
+            return logits
+        self._cache.share_last(exits.iterations - 1)
+        self.iterations_used = exits.iterations
+        return exits.logits
+
+
+class DenoisingChain(Chain):
+    """Next-token logits of a denoising model."""
 
     def __init__(self, model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, sampling: Sampling,
-                 cache: KeyValueCache | None, generator: torch.Generator):
+                 cache: KeyValueCache | None, random: TextRandom):
         """ValueError for a chain that reads from the core when the model has no core readout."""
+        super().__init__(model, iterations, sampling, cache, random)
         if sampling.chain_readout == "core" and not model.config.core_readout:
             raise ValueError("chain_readout=core needs a model that was trained with objective.core_readout=true: leave it at coda")
         levels = noise.levels(iterations)
         self._sigma_data = noise.sigma_data(model.config.width)
         self._steps = list(zip(levels, levels[1:]))
-        self._model, self._sampling, self._cache, self._generator = model, sampling, cache, generator
-        self._unit_embeddings = model.unit_embeddings()
-        self._ids: Tensor | None = None  # without a cache: all tokens so far, and the states of each iteration
-        self._states: list[Tensor | None] = [None] * iterations
+        weight = model.embedding.weight
+        with torch.no_grad():
+            self._levels = [
+                NoiseLevel.at(model, torch.full((1, 1), sigma, device=weight.device), self._sigma_data) for sigma in levels[:-1]
+            ]
+            self._targets = model.unit_embeddings()
+        self._head_targets = self._targets.to(weight.dtype) if model.config.posterior_readout else None  # as the head multiplies them
+        self._states: list[Tensor | None] = [None] * iterations  # without a cache
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """New tokens [B, n], the next token of the last one being sought -> logits [B, V]."""
-        model, cache = self._model, self._cache
-        eps = torch.randn(*ids.shape, model.config.width, generator=self._generator, device=ids.device)
-        known = self._unit_embeddings[ids[:, 1:]]
-        if cache is None:
-            ids = self._ids = _append(self._ids, ids)
-        e = model.prelude(ids, cache and cache.prelude)
-        z = self._steps[0][0] * eps[:, -1:]
-        solver = SOLVERS[self._sampling.solver](self._unit_embeddings, self._generator)
-        previous = None
-        for k, (sigma, sigma_next) in enumerate(self._steps):
-            state = torch.cat((known + sigma * eps[:, :-1], z), dim=1)
-            if cache is None:
-                state = self._states[k] = _append(self._states[k], state)
-            level = torch.full((ids.shape[0], 1), sigma, device=ids.device)
-            block = model.config.block_of(k, len(self._steps))
-            state, conditioning, evidence = denoise_state(
-                model, state, e, level, self._sigma_data, cache and cache.core[k], previous, block
-            )
-            last, from_core = k + 1 == len(self._steps), self._sampling.chain_readout == "core"
-            if from_core and not last:
-                read = model.readout_from_core
-            else:
-                slots = cache and cache.coda[0 if from_core else k]
-                state, read = model.coda(state, conditioning, slots), model.head
-            logits = read(state[:, -1:], evidence if evidence is None else evidence[:, -1:])
-            if not last:
-                if model.config.self_conditioning:  # every position is told, as in training
-                    previous = read(state, evidence).float().softmax(-1) @ self._unit_embeddings
-                z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
-        return logits[:, 0]
-
-
-class UnrolledChain:
-    """Next-token logits of a model that is not a denoiser: bptt's or one_pass's; called like DenoisingChain."""
-
-    def __init__(self, model: RecurrentDepthLM, iterations: int, cache: KeyValueCache | None, generator: torch.Generator):
-        self._model, self._iterations, self._cache, self._generator = model, iterations, cache, generator
-        self._ids: Tensor | None = None
-        self._start: Tensor | None = None
-
-    def __call__(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
         """New tokens [B, n] -> logits [B, V] of the one after them."""
         model, cache = self._model, self._cache
-        shape = (*ids.shape, model.config.width)
-        if model.config.initial_state == "zero":
-            state = torch.zeros(shape, device=ids.device)
+        random = self._begin(ids)
+        eps = random.normal(STATE, model.config.width)
+        known = self._targets[ids[:, 1:]]
+        e = model.prelude(ids if cache is not None else self._ids, cache and cache.prelude)
+        z = self._steps[0][0] * eps[:, -1:]
+        solver = SOLVERS[self._sampling.solver](self._targets, self.random, self._sampling.chain_top_k)
+        exits, previous = self._exits(ids), None
+        for k, (sigma, sigma_next) in enumerate(self._steps):
+            state = torch.cat((known + sigma * eps[:, :-1], z), dim=1) if known.shape[1] else z
+            if cache is None:
+                state = self._states[k] = _append(self._states[k], state)
+            block, last = model.config.block_of(k, self.iterations), k + 1 == self.iterations
+            state, evidence = denoise_at(
+                model, state, e, self._levels[k], self._sigma_data, cache and cache.core[k], previous, block
+            )
+            logits, read = self._read(state, evidence, k, last)
+            if exits is not None:
+                gone = torch.ones_like(exits.rows, dtype=torch.bool) if last else exits.settled(logits[:, 0], k)
+                if gone.any():
+                    which, stay = gone.nonzero().squeeze(1), gone.logical_not().nonzero().squeeze(1)
+                    exits.leave(which, self._final(state, evidence, logits, exits.rows, which, k, last), k)
+                    exits.keep(stay)
+                    if not len(stay):
+                        break
+                    cache.place.keep(exits.rows)
+                    solver.keep(stay)
+                    state, evidence, logits, z, e = (None if one is None else one[stay] for one in (state, evidence, logits, z, e))
+                    known, read = known[stay], read[stay]
+            if not last:
+                if model.config.self_conditioning:  # every position is told, as in training
+                    previous = self._logits(read, evidence, k, False).float().softmax(-1) @ self._targets
+                z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
+        return self._end(exits, logits[:, 0])
+
+    def _read(self, state: Tensor, evidence: Tensor | None, k: int, last: bool) -> tuple[Tensor, Tensor]:
+        """(logits [B, 1, V] of the last position, what they are read from [B, n, d]) of an iteration's state."""
+        from_core = self._sampling.chain_readout == "core"
+        if from_core and not last:
+            hidden = state
         else:
-            uniform = torch.rand(shape, generator=self._generator, device=ids.device)
-            state = initial_state(uniform.clamp(min=2**-25))
+            slots = self._cache and self._cache.coda[0 if from_core else k]
+            hidden = self._model.coda(state, self._levels[k].conditioning, slots)
+        return self._logits(hidden[:, -1:], evidence if evidence is None else evidence[:, -1:], k, last), hidden
+
+    def _logits(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool) -> Tensor:
+        from_core = self._sampling.chain_readout == "core" and not last
+        read = self._model.readout_from_core if from_core else self._model.head
+        return read(hidden, evidence, self._head_targets)
+
+    def _final(self, state: Tensor, evidence: Tensor | None, logits: Tensor, rows: Tensor, which: Tensor, k: int, last: bool) -> Tensor:
+        """Logits [L, V] of the rows that leave: those of the coda, which has not run yet where the chain is read from the core."""
+        if self._sampling.chain_readout == "core" and not last:
+            self._cache.place.keep(rows[which])
+            return self._read(state[which], evidence if evidence is None else evidence[which], k, True)[0][:, 0]
+        return logits[which, 0]
+
+
+class UnrolledChain(Chain):
+    """Next-token logits of a model that is not a denoiser: bptt's or one_pass's."""
+
+    def __init__(self, model: RecurrentDepthLM, iterations: int, sampling: Sampling, cache: KeyValueCache | None, random: TextRandom):
+        """Of the sampling, exit and caches bear on it; with an exit, the coda runs at every iteration."""
+        super().__init__(model, iterations, sampling, cache, random)
+        self._start: Tensor | None = None  # without a cache
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """New tokens [B, n] -> logits [B, V] of the one after them."""
+        model, cache = self._model, self._cache
+        random = self._begin(ids)
+        if model.config.initial_state == "zero":
+            state = torch.zeros(*ids.shape, model.config.width, device=ids.device)
+        else:
+            state = initial_state(random.uniform(STATE, model.config.width))
         if cache is None:
-            ids = self._ids = _append(self._ids, ids)
             state = self._start = _append(self._start, state)
-        e = model.prelude(ids, cache and cache.prelude)
-        for k in range(self._iterations):
+        e = model.prelude(ids if cache is not None else self._ids, cache and cache.prelude)
+        exits, slots = self._exits(ids), cache and cache.coda[0]
+        for k in range(self.iterations):
             state = model.iterate(state, e, None, cache and cache.core[k])
-        return model.head(model.coda(state, None, cache and cache.coda[0])[:, -1])
+            last = k + 1 == self.iterations
+            if exits is None and not last:
+                continue
+            logits = model.head(model.coda(state, None, slots)[:, -1])
+            if exits is not None:
+                gone = torch.ones_like(exits.rows, dtype=torch.bool) if last else exits.settled(logits, k)
+                if gone.any():
+                    which, stay = gone.nonzero().squeeze(1), gone.logical_not().nonzero().squeeze(1)
+                    exits.leave(which, logits[which], k)
+                    exits.keep(stay)
+                    if not len(stay):
+                        break
+                    cache.place.keep(exits.rows)
+                    state, e = state[stay], e[stay]
+        return self._end(exits, logits)
 
 
 def _append(before: Tensor | None, new: Tensor) -> Tensor:

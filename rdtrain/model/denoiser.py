@@ -5,11 +5,43 @@ The target of position i is y_i, the unit-length embedding of its next token; th
 the states of the past reach it through the core's attention, and hold only tokens that the position may know.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from .cache import CacheSlot
 from .noise import Preconditioning
 from .recurrent import RecurrentDepthLM
+
+
+@dataclass
+class NoiseLevel:
+    """What an iteration needs of its noise levels, computed once where they are the same for many tokens.
+
+    sigma [..., 1]; scale: the scalings at it, of its shape; into_core: what the state is multiplied with before the core; conditioning: as
+    `iterate` takes it.
+    """
+
+    sigma: Tensor
+    scale: Preconditioning
+    into_core: Tensor
+    conditioning: Tensor
+
+    @classmethod
+    def at(cls, model: RecurrentDepthLM, sigma: Tensor, sigma_data: float) -> "NoiseLevel":
+        """sigma: [B, 1] or [B, T], fp32."""
+        scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
+        # c_skip * z, the Wiener estimate, fades where z is noise alone, which at unit variance would reach every layer beside e.
+        into_core = scale.c_skip / sigma_data if model.config.wiener_input else scale.c_in
+        return cls(sigma.unsqueeze(-1), scale, into_core, model.condition(scale.c_noise.squeeze(-1)))
+
+
+def denoise_at(model: RecurrentDepthLM, z: Tensor, e: Tensor, level: NoiseLevel, sigma_data: float, cache: list[CacheSlot] | None = None,
+               previous: Tensor | None = None, block: int = 0) -> tuple[Tensor, Tensor | None]:
+    """`denoise_state` where the noise level is known beforehand: (state, evidence)."""
+    hidden = model.iterate(level.into_core * z, e, level.conditioning, cache, previous, block)
+    evidence = (z / level.sigma.square()).detach() if model.config.posterior_readout else None
+    return (level.scale.c_skip * z + level.scale.c_out * hidden.float()) / sigma_data, evidence
 
 
 def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_data: float,
@@ -22,13 +54,9 @@ def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, 
     target's components that the scalings assume. previous: the estimate of the iteration before, as `iterate` takes it. block: the one
     whose noise levels these are.
     """
-    scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
-    conditioning = model.condition(scale.c_noise.squeeze(-1))
-    # c_skip * z, the Wiener estimate, fades where z is noise alone, which at unit variance would reach every layer beside e.
-    into_core = scale.c_skip / sigma_data if model.config.wiener_input else scale.c_in
-    hidden = model.iterate(into_core * z, e, conditioning, cache, previous, block)
-    evidence = (z / sigma.unsqueeze(-1).square()).detach() if model.config.posterior_readout else None
-    return (scale.c_skip * z + scale.c_out * hidden.float()) / sigma_data, conditioning, evidence
+    level = NoiseLevel.at(model, sigma, sigma_data)
+    state, evidence = denoise_at(model, z, e, level, sigma_data, cache, previous, block)
+    return state, level.conditioning, evidence
 
 
 def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_data: float,

@@ -1,7 +1,8 @@
 """Standard K-iteration inference: from a prompt to text, one token at a time, K iterations a token, with a key-value cache.
 
 `generate` works on token ids, in batches of prompts of one length, and TextGenerator on text, from an exported folder. What an
-iteration does is in chain.py, how its levels are stepped through in solvers.py, how a token is drawn in sampling.py.
+iteration does is in chain.py, how its levels are stepped through in solvers.py, how a token is drawn in sampling.py, and what is kept from
+token to token in decoding.py.
 """
 
 import json
@@ -13,43 +14,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .cache import KeyValueCache
-from .chain import DenoisingChain, UnrolledChain
+from .decoding import Decoder
 from .noise import NoiseSchedule
 from .recurrent import ModelConfig, RecurrentDepthLM
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 
 
-@torch.inference_mode()
 def generate(model: RecurrentDepthLM, ids: Tensor, max_new_tokens: int, iterations: int, noise: NoiseSchedule, sampling: Sampling,
-             seed: int, use_cache: bool = True) -> Iterator[Tensor]:
-    """Yield the tokens [B] that follow ids [B, T >= 1], one step at a time.
+             seed: int | list[int], use_cache: bool = True) -> Iterator[Tensor]:
+    """Yield the tokens [B] that follow ids [B, T >= 1], one step at a time; a Decoder does the same for several batches or turns.
 
     iterations: K, whatever the model was trained for. noise: the levels of a denoising model; unused by an unrolled one, as are
-    sampling's solver and chain_*. seed: of the noise and of sampling; all rows share one generator on ids' device.
-    ValueError, in one sentence, for an empty prompt, K < 1 or a negative length.
+    sampling's solver and chain_*. seed: of the noise and of sampling of the first row, the others count on from it; or one for each. What
+    a row draws depends on its seed alone.
+    ValueError, in one sentence, for an empty prompt, K < 1, a negative length and token ids out of range.
     """
-    if ids.shape[1] < 1 or iterations < 1 or max_new_tokens < 0:
-        raise ValueError(
-            "generation needs a prompt of at least one token, at least one iteration and no negative length, and was given "
-            f"{ids.shape[1]}, {iterations} and {max_new_tokens}"
-        )
-    denoising = model.config.noise_conditioning
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    cache = None
-    if use_cache:
-        capacity = ids.shape[1] + max_new_tokens
-        coda_iterations = iterations if denoising and sampling.chain_readout == "coda" else 1
-        cache = KeyValueCache(model.config, iterations, coda_iterations, ids.shape[0], capacity, model.embedding.weight)
-    if denoising:
-        chain = DenoisingChain(model, noise, iterations, sampling, cache, generator)
-    else:
-        chain = UnrolledChain(model, iterations, cache, generator)
-    for _ in range(max_new_tokens):
-        chosen = sampling.draw(chain(ids), generator)
-        yield chosen
-        ids = chosen.unsqueeze(1)
+    decoder = Decoder(model, noise, iterations, sampling, ids.shape[0], ids.shape[1] + max(max_new_tokens, 0), use_cache)
+    yield from decoder.generate(ids, seed, max_new_tokens)
 
 
 class TextGenerator:
@@ -84,30 +66,42 @@ class TextGenerator:
             raise ValueError(f"the tokenizer in {folder} is not the one that the model was trained with: export it again")
         return cls(model.to(device, dtype).requires_grad_(False), noise, tokenizer)
 
-    def stream(self, prompt: str, max_new_tokens: int, iterations: int | None = None, sampling: Sampling | None = None, seed: int = 0,
-               use_cache: bool = True) -> Iterator[str]:
-        """Yield the continuation of a prompt, a piece of text for each token (empty while a character is incomplete).
-
-        Ends early where the model ends the document. iterations: K, as trained where None. ValueError for settings of the chain
-        when the model has none.
-        """
+    def decoder(self, batch: int, capacity: int, iterations: int | None = None, sampling: Sampling | None = None,
+                use_cache: bool = True) -> Decoder:
+        """A decoder of the model. iterations: K, as trained where None. ValueError for settings that it cannot run with."""
         sampling = sampling or Sampling()
         if sampling.changes_the_chain and not self.model.config.noise_conditioning:
             raise ValueError(
                 "solver and chain_* are settings of a denoising model, and this one was trained by "
                 "backpropagation through time: leave them out"
             )
-        device = self.model.embedding.weight.device
-        ids = torch.tensor([self.tokenizer.encode(prompt, bos=True)], device=device)
+        return Decoder(self.model, self.noise, self.iterations if iterations is None else iterations, sampling, batch, capacity, use_cache)
+
+    def write(self, decoder: Decoder, ids: list[int], seed: int, max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        """Yield the tokens that follow ids, which follow what a decoder of one row holds, each with the text that it completes.
+
+        The text is empty while a character is incomplete. Ends early where the model ends the document.
+        """
         tokens, shown = [], 0
-        iterations = self.iterations if iterations is None else iterations
-        steps = generate(self.model, ids, max_new_tokens, iterations, self.noise, sampling, seed, use_cache)
-        for number, chosen in enumerate(steps, start=1):
-            if chosen.item() == self.tokenizer.eos_id:
+        for number, chosen in enumerate(decoder.generate(torch.tensor([ids]), seed, max_new_tokens), start=1):
+            token = chosen.item()
+            if token == self.tokenizer.eos_id:
                 return
-            tokens.append(chosen.item())
+            tokens.append(token)
             text = self.tokenizer.decode(tokens)
             if number < max_new_tokens:
                 text = text.rstrip("\ufffd")  # bytes of a character that is not complete yet
-            yield text[shown:]
+            yield token, text[shown:]
             shown = max(shown, len(text))
+
+    def stream(self, prompt: str, max_new_tokens: int, iterations: int | None = None, sampling: Sampling | None = None, seed: int = 0,
+               use_cache: bool = True) -> Iterator[str]:
+        """Yield the continuation of a prompt, a piece of text for each token (empty while a character is incomplete).
+
+        Ends early where the model ends the document. iterations: K, as trained where None. ValueError for settings of the chain
+        when the model has none, and for a prompt that UTF-8 cannot hold.
+        """
+        ids = self.tokenizer.encode(prompt, bos=True)
+        decoder = self.decoder(1, len(ids) + max(max_new_tokens, 0), iterations, sampling, use_cache)
+        for _, text in self.write(decoder, ids, seed, max_new_tokens):
+            yield text

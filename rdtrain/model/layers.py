@@ -69,7 +69,7 @@ class Attention(nn.Module):
         query, key = rotate(query, rotary), rotate(key, rotary)
         if slot is not None:
             key, value = slot.append(key, value)
-        out = causal_attention(query, key, value)
+        out = causal_attention(query, key, value, None if slot is None else slot.place.mask)
         return self.output(out.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -157,8 +157,7 @@ def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.Mo
 def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None,
                cache: list[CacheSlot] | None) -> Tensor:
     """Layers one after another, each with its slot of the cache: x [B, T, d] -> [B, T, d]."""
-    start = cache[0].length if cache else 0
-    turns = rotary(start, start + x.shape[1], x.device)
+    turns = cache[0].place.turns if cache else rotary(0, x.shape[1], x.device)
     for index, layer in enumerate(layers):
         x = layer(x, turns, conditioning, cache[index] if cache else None)
     return x
@@ -205,8 +204,8 @@ class RecurrentDepthLM(nn.Module):
 
     def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None) -> Tensor:
         """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
-        start = cache[0].length if cache else 0
-        self.rotary(start, start + ids.shape[1], ids.device)  # all parts use the same positions, and this one runs first
+        if cache is None:
+            self.rotary(0, ids.shape[1], ids.device)  # all parts use the same positions, and this one runs first
         return self._prelude(ids, cache)
 
     def _prelude(self, ids: Tensor, cache: list[CacheSlot] | None) -> Tensor:
@@ -231,27 +230,29 @@ class RecurrentDepthLM(nn.Module):
         x = self.final_norm(state.to(working_dtype(self.embedding.weight)))
         return self.final_norm(run_layers(self.rotary, self.coda_layers, x, conditioning, cache))
 
-    def head(self, hidden: Tensor, evidence: Tensor | None = None) -> Tensor:
+    def head(self, hidden: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token.
 
         evidence: z / sigma^2 [B, T, d] of a denoising model with posterior_readout. Its product with the unit embeddings, which is
         ln N(z; y_x, sigma^2) but for what all tokens x share, is added, so that by Bayes' rule the rest need only be a prior.
+        targets: `unit_embeddings()` where the caller keeps them.
         """
         weight = self.embedding.weight
         logits = F.linear(hidden, weight)
         if evidence is None:
             return logits
         # Known, not learned: no gradient. Its size is up to 1 / sigma^2, so the sum is fp32 whatever the operands are.
-        return logits.float() + F.linear(evidence.to(weight.dtype), self.unit_embeddings().detach().to(weight.dtype)).float()
+        targets = self.unit_embeddings().detach() if targets is None else targets
+        return logits.float() + F.linear(evidence.to(weight.dtype), targets.to(weight.dtype)).float()
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
                 evidence: Tensor | None = None) -> Tensor:
         """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
         return self.head(self.coda(state, conditioning, cache), evidence)
 
-    def readout_from_core(self, state: Tensor, evidence: Tensor | None = None) -> Tensor:
+    def readout_from_core(self, state: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, a learned scale, the tied embedding."""
-        return self.head(self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype)), evidence)
+        return self.head(self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype)), evidence, targets)
 
     def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of the readout at each position: state [B, T, d], targets [B, T] -> fp32 [B, T]."""

@@ -10,6 +10,7 @@ from rdtrain.model.generation import Sampling, generate
 from rdtrain.model.information import InformationCurve
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 from rdtrain.model.solvers import SOLVERS
+from rdtrain.model.text_random import ITERATION, STATE, TextRandom
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26], [5, 35, 8, 9, 7]])
 
@@ -24,7 +25,7 @@ def tokens(model, iterations, use_cache=True, sampling=Sampling(), length=12, pr
 def test_cached_and_uncached_generation_give_the_same_tokens(build_model, solver, iterations, temperature):
     """solver None: an unrolled model."""
     model, sampling = build_model(noise_conditioning=solver is not None), Sampling(temperature, solver=solver or "euler")
-    assert_the_cache_changes_nothing(model, iterations, sampling)
+    assert_the_cache_changes_nothing(model, iterations, sampling, length=5 if iterations == 32 else 12)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -34,7 +35,8 @@ def test_the_cache_changes_nothing_where_iterations_are_told_estimates_or_read_f
     build_model, solver, iterations, self_conditioning, chain_readout
 ):
     model = build_model(True, self_conditioning=self_conditioning, core_readout=True, blocks=2 if iterations == 4 else 1)
-    assert_the_cache_changes_nothing(model, iterations, Sampling(solver=solver, chain_readout=chain_readout), length=5)
+    sampling = Sampling(solver=solver, chain_readout=chain_readout)
+    assert_the_cache_changes_nothing(model, iterations, sampling, length=3 if iterations == 32 else 5)
 
 
 def assert_the_cache_changes_nothing(model, iterations, sampling, length=12):
@@ -52,8 +54,8 @@ def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(
     """The whole chain for one prompt, in float64 where the model allows, from the formulas of the paper, of EDM and of Bayes."""
     model, prompt, iterations = build_model(True, self_conditioning=self_conditioning, core_readout=True), PROMPT[:1], 6
     width, length = model.config.width, prompt.shape[1]
-    generator = torch.Generator().manual_seed(1)
-    eps = torch.randn(1, length, width, generator=generator)
+    random = TextRandom(torch.tensor([1])).at(torch.arange(length).unsqueeze(0))
+    eps, random = random.normal(STATE, width), random.last()
     table = model.embedding.weight.detach()
     unit = table / table.norm(dim=-1, keepdim=True)
     edges = NoiseSchedule(NoiseSettings()).edges(iterations)
@@ -82,11 +84,11 @@ def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(
                 kept[token] = probability[token]
         probability = kept / kept.sum()
         if solver == "ancestral":
-            waits = torch.empty(50).exponential_(generator=generator)  # the shortest of waits at rates p is token x with chance p_x
+            waits = random.exponential(ITERATION + 2 * k, 50)[0, 0]  # the shortest of waits at rates p is token x with chance p_x
             y = unit[(waits / probability).argmin()].double()
             variance = s_next**2 * (s**2 - s_next**2) / s**2
             mean = (s_next / s) ** 2 * last + (1 - (s_next / s) ** 2) * y
-            last = (mean + math.sqrt(variance) * torch.randn(1, width, generator=generator)).float()
+            last = (mean + math.sqrt(variance) * random.normal(ITERATION + 2 * k + 1, width)[:, 0]).float()
             continue
         denoised = probability @ unit.double()
         history.append((-math.log(s), denoised))
@@ -95,7 +97,7 @@ def test_the_first_token_of_a_denoiser_is_drawn_from_a_slow_chain_written_out(
             denoised = new + (new - old) * (-math.log(s_next) - now) / 2 / (now - before)
         last = (last + (s_next - s) / s * (last - denoised)).float()
     sampling = Sampling(0.0, 0, 1.0, 0.0, solver, chain_temperature, chain_top_p, chain_readout)
-    chain = DenoisingChain(model, NoiseSchedule(NoiseSettings()), iterations, sampling, None, torch.Generator().manual_seed(1))
+    chain = DenoisingChain(model, NoiseSchedule(NoiseSettings()), iterations, sampling, None, TextRandom(torch.tensor([1])))
     torch.testing.assert_close(chain(prompt), logits, rtol=1e-3, atol=1e-3)
     assert tokens(model, iterations, sampling=sampling, length=1, prompt=prompt)[0, 0] == logits.argmax()
 
@@ -105,8 +107,8 @@ def test_what_is_told_and_where_the_chain_is_read_both_matter(build_model):
     model = build_model(True, self_conditioning=True, core_readout=True)
 
     def logits(chain_readout):
-        sampling, generator = Sampling(chain_readout=chain_readout), torch.Generator().manual_seed(1)
-        return DenoisingChain(model, NoiseSchedule(NoiseSettings()), 6, sampling, None, generator)(PROMPT)
+        sampling, random = Sampling(chain_readout=chain_readout), TextRandom(torch.tensor([1, 2]))
+        return DenoisingChain(model, NoiseSchedule(NoiseSettings()), 6, sampling, None, random)(PROMPT)
 
     told, told_by_core = logits("coda"), logits("core")
     torch.nn.init.zeros_(model.estimate_adapter.weight)
@@ -127,7 +129,7 @@ def test_one_iteration_is_one_pass_over_pure_noise_at_sigma_max(build_model, par
     model, width, sd = build_model(noise_conditioning=True, norm_eps=0.1), 32, 0.5
     schedule = NoiseSchedule(NoiseSettings(partition=partition, sigma_data=sd), InformationCurve.expected(0.002, 80.0))
     (chosen,) = generate(model, PROMPT[:1, :1], 1, 1, schedule, Sampling(0.0), 1)
-    z = 80.0 * torch.randn(1, 1, width, generator=torch.Generator().manual_seed(1)).double()
+    z = 80.0 * TextRandom(torch.tensor([1])).at(torch.zeros(1, 1, dtype=torch.long)).normal(STATE, width).double()
     condition, total = model.condition(torch.full((1, 1), math.log(80.0) / 4)), 80.0**2 + sd**2
     hidden = model.iterate((z / math.sqrt(total)).float(), model.prelude(PROMPT[:1, :1]), condition).double()
     estimate = sd**2 / total * z + 80.0 * sd / math.sqrt(total) * hidden

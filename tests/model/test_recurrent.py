@@ -173,11 +173,15 @@ def test_a_model_fed_in_chunks_through_its_cache_equals_the_whole_sequence_at_on
 
     def run(start, stop, cache):
         """Each iteration has a state and a noise level of its own, so that a mixed-up slot would show."""
+        if cache:
+            cache.place.begin(model.rotary, stop - start)
         e = model.prelude(ids[:, start:stop], cache and cache.prelude)
         logits = []
         for k in range(iterations):
             state = model.iterate(states[k, :, start:stop], e, conditions[k], cache and cache.core[k])
             logits.append(model.readout(state, conditions[k], cache and cache.coda[k]))
+        if cache:
+            cache.advance()
         return torch.stack(logits)
 
     with torch.no_grad():

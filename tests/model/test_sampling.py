@@ -7,14 +7,19 @@ import torch
 
 from rdtrain.model.sampling import Sampling
 from rdtrain.model.solvers import draw_tokens
+from rdtrain.model.text_random import TextRandom
+
+
+def random(rows):
+    """The random numbers of one position of so many texts."""
+    return TextRandom(torch.arange(rows)).at(torch.zeros(1, 1, dtype=torch.long))
 
 
 def test_temperature_top_k_top_p_and_min_p_leave_what_they_say():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-    generator = torch.Generator().manual_seed(0)
 
     def drawn(**settings):
-        return {Sampling(**settings).draw(logits, generator).item() for _ in range(400)}
+        return set(Sampling(**settings).draw(logits.expand(400, -1), random(400)).tolist())
 
     assert drawn() == {0, 1, 2, 3}
     assert drawn(temperature=0) == drawn(temperature=1e-320) == {1}
@@ -30,7 +35,7 @@ def test_temperature_top_k_top_p_and_min_p_leave_what_they_say():
 
 def test_draws_follow_the_distribution_at_a_temperature():
     logits = torch.tensor([[0.5, -1.0, 1.5]])
-    draws = Sampling(temperature=0.7).draw(logits.expand(20_000, -1), torch.Generator().manual_seed(0))
+    draws = Sampling(temperature=0.7).draw(logits.expand(20_000, -1), random(20_000))
     expected = (logits[0].double() / 0.7).softmax(-1)
     assert torch.allclose(draws.bincount(minlength=3).double() / 20_000, expected, atol=0.015)
 
@@ -38,7 +43,7 @@ def test_draws_follow_the_distribution_at_a_temperature():
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.full((100_000, 3), -torch.inf)
     logits[:, 1] = -3e38
-    assert draw_tokens(logits, torch.Generator().manual_seed(0)).eq(1).all()
+    assert draw_tokens(logits, random(100_000).exponential(1, 3)[:, 0]).eq(1).all()
 
 
 def test_the_chains_logits_are_tempered_and_cut_to_top_p():
@@ -56,6 +61,8 @@ def test_the_chains_logits_are_tempered_and_cut_to_top_p():
     [
         dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5),
         dict(min_p=-0.1), dict(min_p=1.1), dict(solver="heun"), dict(chain_temperature=-1), dict(chain_top_p=0), dict(chain_top_p=math.nan),
+        dict(exit="soon"), dict(exit_threshold=0.1), dict(exit_minimum=0), dict(caches=-1), dict(chain_top_k=-1),
+        dict(cache_order="random"),
     ],
 )
 def test_impossible_sampling_is_refused(bad):
