@@ -27,7 +27,7 @@ from .text_random import STATE, TextRandom
 class Chain:
     """What both kinds share. Call it with the prompt, then with each chosen token.
 
-    random: of the last position, after a call, for `Sampling.draw`. iterations_used: int64 [B] of the last call, or None where all K
+    random: of the last position, after a call. iterations_used: int64 [B] of the last call, or None where all K
     ran: without an exit, and over more than one new position, which is the prompt.
     """
 
@@ -38,6 +38,7 @@ class Chain:
         self._model, self.iterations, self._sampling, self._cache, self._random = model, iterations, sampling, cache, random
         self._ids: Tensor | None = None  # without a cache: all tokens so far
         self._length = 0
+        self._shapes_priors = False
         self.random = self.iterations_used = None
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -51,6 +52,10 @@ class Chain:
     def logits(self, ids: Tensor) -> Tensor:
         """The same, but that the cache stays where it is: to be called again, or followed by its `advance`."""
         raise NotImplementedError
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Tokens [B] from what the last call gave."""
+        return self._sampling.draw(logits, self.random, self._shapes_priors)
 
     def _begin(self, ids: Tensor):
         """The random numbers of the new positions."""
@@ -89,6 +94,7 @@ class DenoisingChain(Chain):
             raise ValueError("chain_readout=core needs a model that was trained with objective.core_readout=true: leave it at coda")
         levels = noise.levels(iterations)
         self._sigma_data = noise.sigma_data(model.config.width)
+        self._shapes_priors = model.config.posterior_readout
         self._steps = list(zip(levels, levels[1:]))
         weight = model.embedding.weight
         with torch.no_grad():
@@ -132,7 +138,7 @@ class DenoisingChain(Chain):
                     known, read = known[stay], read[stay]
             if not last:
                 if model.config.self_conditioning:  # every position is told, as in training
-                    previous = self._logits(read, evidence, k, False).float().softmax(-1) @ self._targets
+                    previous = self._logits(read, evidence, k, False, False).float().softmax(-1) @ self._targets
                 z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
         return self._end(exits, logits[:, 0])
 
@@ -144,12 +150,12 @@ class DenoisingChain(Chain):
         else:
             slots = self._cache and self._cache.coda[0 if from_core else k]
             hidden = self._model.coda(state, self._levels[k].conditioning, slots)
-        return self._logits(hidden[:, -1:], evidence if evidence is None else evidence[:, -1:], k, last), hidden
+        return self._logits(hidden[:, -1:], evidence if evidence is None else evidence[:, -1:], k, last, self._shapes_priors), hidden
 
-    def _logits(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool) -> Tensor:
+    def _logits(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool, shaped: bool) -> Tensor:
         from_core = self._sampling.chain_readout == "core" and not last
         read = self._model.readout_from_core if from_core else self._model.head
-        return read(hidden, evidence, self._head_targets)
+        return read(hidden, evidence, self._head_targets, self._sampling.shape if shaped else None)
 
     def _final(self, state: Tensor, evidence: Tensor | None, logits: Tensor, rows: Tensor, which: Tensor, k: int, last: bool) -> Tensor:
         """Logits [L, V] of the rows that leave: those of the coda, which has not run yet where the chain is read from the core."""

@@ -153,7 +153,7 @@ class Decoder:
             self.cache.place.count = 1  # what the replay cannot say
             self.cache.advance()
             return self._chosen.clone()
-        chosen = self.sampling.draw(self._chain(ids), self._chain.random)
+        chosen = self._chain.draw(self._chain(ids))
         if self._chain.iterations_used is not None:
             self.iterations_used.append(self._chain.iterations_used)
         elif self.sampling.exit != "never":
@@ -161,4 +161,4 @@ class Decoder:
         return chosen
 
     def _step(self) -> None:
-        self._chosen.copy_(self.sampling.draw(self._chain.logits(self._ids), self._chain.random))
+        self._chosen.copy_(self._chain.draw(self._chain.logits(self._ids)))

@@ -12,6 +12,7 @@ and coda layer, as DiffusionBlocks needs it (arXiv 2506.14202).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -230,15 +231,18 @@ class RecurrentDepthLM(nn.Module):
         x = self.final_norm(state.to(working_dtype(self.embedding.weight)))
         return self.final_norm(run_layers(self.rotary, self.coda_layers, x, conditioning, cache))
 
-    def head(self, hidden: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+    def head(self, hidden: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None,
+             shape: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token.
 
         evidence: z / sigma^2 [B, T, d] of a denoising model with posterior_readout. Its product with the unit embeddings, which is
         ln N(z; y_x, sigma^2) but for what all tokens x share, is added, so that by Bayes' rule the rest need only be a prior.
-        targets: `unit_embeddings()` where the caller keeps them.
+        targets: `unit_embeddings()` where the caller keeps them. shape: what to make of that prior's logits first.
         """
         weight = self.embedding.weight
         logits = F.linear(hidden, weight)
+        if shape is not None:
+            logits = shape(logits)
         if evidence is None:
             return logits
         # Known, not learned: no gradient. Its size is up to 1 / sigma^2, so the sum is fp32 whatever the operands are.
@@ -250,9 +254,10 @@ class RecurrentDepthLM(nn.Module):
         """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
         return self.head(self.coda(state, conditioning, cache), evidence)
 
-    def readout_from_core(self, state: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+    def readout_from_core(self, state: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None,
+                          shape: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, a learned scale, the tied embedding."""
-        return self.head(self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype)), evidence, targets)
+        return self.head(self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype)), evidence, targets, shape)
 
     def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of the readout at each position: state [B, T, d], targets [B, T] -> fp32 [B, T]."""

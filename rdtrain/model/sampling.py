@@ -15,7 +15,9 @@ EXITS = {"never": None, "entropy": 0.05, "kl": 0.001, "argmax": 3.0}  # and the 
 class Sampling:
     """How a token is found.
 
-    Of the last iteration's distribution, from which the token is drawn, in the order in which they apply:
+    Of the distribution that tokens are drawn from, in the order in which they apply. For a denoising model with posterior_readout that is
+    the prior of every iteration, before the evidence of its state, so that any number of iterations draws from the sharpened and cut
+    distribution (docs/method.md); for other models it is the last iteration's distribution.
     temperature: 0 is greedy.
     top_k: keep the k likeliest; 0 keeps all.
     top_p: keep the likeliest that make up this probability.
@@ -91,10 +93,15 @@ class Sampling:
         """Logits [..., V] of an iteration before the last -> fp32 logits [..., V] for the solver."""
         return _top_p(_tempered(logits, self.chain_temperature), self.chain_top_p)
 
-    def draw(self, logits: Tensor, random: PositionRandom) -> Tensor:
-        """Tokens [B] from the last iteration's logits [B, V]; random: of the last position of each row."""
+    def draw(self, logits: Tensor, random: PositionRandom, shaped: bool = False) -> Tensor:
+        """Tokens [B] from the last iteration's logits [B, V]; random: of the last position of each row. shaped: whether the logits are
+        of priors that `shape` has been applied to."""
         if self.temperature == 0:
             return logits.argmax(-1)
+        return draw_tokens(logits if shaped else self.shape(logits), random.exponential(TOKEN, logits.shape[-1]).squeeze(1))
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] sharpened and cut: fp32, -inf for what is not to be drawn."""
         logits = _tempered(logits, self.temperature)
         if self.top_k:
             smallest = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
@@ -103,7 +110,7 @@ class Sampling:
         if self.min_p:
             smallest = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < smallest, -torch.inf)
-        return draw_tokens(logits, random.exponential(TOKEN, logits.shape[-1]).squeeze(1))
+        return logits
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

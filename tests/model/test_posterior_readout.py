@@ -66,3 +66,21 @@ def test_the_ancestral_chain_draws_from_the_networks_prior(build_model, iteratio
     prompt = torch.zeros(5_000, 1, dtype=torch.long)
     (drawn,) = generate(model, prompt, 1, iterations, noise, Sampling(solver="ancestral"), seed=1)
     assert chisquare(torch.bincount(drawn, minlength=50)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 8])
+def test_any_number_of_iterations_draws_from_the_sharpened_and_cut_prior(build_model, iterations):
+    """5,000 tokens of the real chain of a network that has one opinion, whatever its state."""
+    model, noise = build_model(True, posterior_readout=True).requires_grad_(False), NoiseSchedule(NoiseSettings())
+    opinion = 8 * torch.randn(32, generator=torch.Generator().manual_seed(5)) / 32**0.5
+    model.coda = lambda state, *rest: opinion.expand(state.shape)
+    logits = (model.embedding.weight @ opinion).double()
+    kept = logits.topk(20).indices
+    expected = 5_000 * (logits[kept] / 0.6).softmax(0)
+    prompt = torch.zeros(5_000, 1, dtype=torch.long)
+    (drawn,) = generate(model, prompt, 1, iterations, noise, Sampling(temperature=0.6, top_k=20, solver="ancestral"), seed=1)
+    counts = torch.bincount(drawn, minlength=50)[kept]
+    assert counts.sum() == 5_000 and chisquare(counts, expected).pvalue > 1e-3
+
+    (greedy,) = generate(model, prompt[:50], 1, iterations, noise, Sampling(temperature=0.0, solver="ancestral"), seed=1)
+    assert (greedy == logits.argmax()).all(), "greedy is the mode of the prior, not what the noise makes of it"
