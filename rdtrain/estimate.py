@@ -15,6 +15,7 @@ import torch
 from .config import Config
 from .engine.deepspeed_config import BUCKET, LIVE, PERSISTENT
 from .model.layers import SandwichBlock
+from .model.linear_cross_entropy import parts_of
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective
 from .objectives.bptt import BackpropagationThroughTime
@@ -277,12 +278,12 @@ def activation_bytes(model: ModelConfig, objective: Objective, number: int, devi
     return once + iteration
 
 
-def logit_bytes(model: ModelConfig, number: int) -> float:
-    """An estimate of the bytes of logits, for each token of a micro-batch, where they take the most: in the readout with the evidence of
-    the state, else where their cross-entropy is taken or differentiated."""
-    casts = 0 if number == FP32 else 2 * number
-    together = (3 * FP32 + casts if model.posterior_readout else 2 * FP32 + casts // 2) * model.vocab_size
-    return together + (FP32 * model.vocab_size if model.core_readout else 0)
+def logit_bytes(model: ModelConfig, number: int, tokens: int) -> int:
+    """An estimate of the bytes of the logits of a micro-batch of so many tokens, where they take the most: those of the part of the tokens
+    whose loss is taken at a time, and the sum of the embedding's gradient, which waits for the backward pass."""
+    part = parts_of(tokens, model.vocab_size)[0].stop * model.vocab_size
+    logits = (2 * FP32 + (number if number != FP32 and model.posterior_readout else 0)) * part
+    return logits + FP32 * model.vocab_size * model.width * (2 if model.core_readout else 1)
 
 
 def checkpoint_bytes(shares: Shares, config: Config, number: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .cache import CacheSlot
 from .layers import RMSNorm, RotaryTable, SandwichBlock
+from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients
 
 INITIAL_STATE_STD = math.sqrt(2 / 5)
 CONDITIONING_WIDTH = 128
@@ -180,6 +181,7 @@ class RecurrentDepthLM(nn.Module):
         self.estimate_adapter = nn.Linear(config.width, config.width, bias=False) if config.self_conditioning else None
         self.core_norm = RMSNorm(config.width, config.norm_eps) if config.core_readout else None
         self.core_scale = nn.Parameter(torch.ones(1)) if config.core_readout else None
+        self._part_gradients = part_gradients
         self.initialise()
 
     @torch.no_grad()
@@ -241,8 +243,13 @@ class RecurrentDepthLM(nn.Module):
         logits = F.linear(hidden, weight)
         if evidence is None:
             return logits
-        # Known, not learned: no gradient. Its size is up to 1 / sigma^2, so the sum is fp32 whatever the operands are.
-        return logits.float() + F.linear(evidence.to(weight.dtype), self.unit_embeddings().detach().to(weight.dtype)).float()
+        # Known, not learned: no gradient.
+        return logits.float() + evidence_logits(evidence, weight.detach(), self._inverse_lengths())
+
+    @torch.no_grad()
+    def _inverse_lengths(self) -> Tensor:
+        """One over the length of each embedding, fp32 [V]."""
+        return 1 / self.embedding.weight.float().norm(dim=-1).clamp_min(1e-12)
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
                 evidence: Tensor | None = None) -> Tensor:
@@ -251,15 +258,31 @@ class RecurrentDepthLM(nn.Module):
 
     def readout_from_core(self, state: Tensor, evidence: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, a learned scale, the tied embedding."""
-        return self.head(self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype)), evidence)
+        return self.head(self._core_hidden(state), evidence)
 
-    def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats of the readout at each position: state [B, T, d], targets [B, T] -> fp32 [B, T]."""
-        return token_losses(self.readout(state, conditioning, None, evidence), targets)
+    def _core_hidden(self, state: Tensor) -> Tensor:
+        return self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype))
+
+    def loss(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None,
+             weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the readout in nats, without its logits ever being there for all positions.
+
+        state [B, T, d], targets [B, T] -> the mean over positions, to differentiate, and each position's, fp32 [B, T], detached.
+        weights: fp32 [B, T], what each position counts in the mean; None is one for all.
+        """
+        return self._head_loss(self.coda(state, conditioning), targets, evidence, weights)
+
+    def loss_from_core(self, state: Tensor, targets: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy of `readout_from_core`, as in `loss`."""
+        return self._head_loss(self._core_hidden(state), targets, evidence)[0]
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor, evidence: Tensor | None, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight, lengths = self.embedding.weight, None if evidence is None else self._inverse_lengths()
+        return linear_cross_entropy(hidden, weight, targets, weights, evidence, lengths, working_dtype(weight), self._part_gradients)
 
     def compile_parts(self) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
-        for part in ("_prelude", "coda", "losses", "unit_embedding"):
+        for part in ("_prelude", "coda", "unit_embedding", "_inverse_lengths", "_part_gradients"):
             setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
         for core in self.cores:  # their weights are inputs of the compiled code, which they share
             core.forward = torch.compile(core.forward, dynamic=False, fullgraph=True)
