@@ -262,10 +262,14 @@ def activation_bytes(model: ModelConfig, objective: Objective, number: int, devi
     width, norm = model.width, (2 if device == "cpu" else 1) * FP32 * model.width  # on CPU the normalised fp32 values are kept as well
     attention = (9 if device == "cpu" else 8) * number * width + FP32 * model.heads
     layer = 4 * norm + attention + 4 * number * model.mlp_width
-    conditioned = layer + (2 * number * width if model.noise_conditioning else 0)
+    conditioned, inside = layer + (2 * number * width if model.noise_conditioning else 0), 0
+    if objective.layer_checkpointing != "none":  # the inside of one layer is there while its backward pass runs
+        products = number * (6 * width + 2 * model.mlp_width) + FP32 * model.heads if objective.layer_checkpointing == "selective" else 0
+        kept = number * width + products
+        layer, conditioned, inside = kept, kept, conditioned - kept
     iteration = 2 * number * width + model.core_layers * conditioned
     readout = model.coda_layers * conditioned + 2 * norm + number * width
-    once = model.prelude_layers * layer + readout
+    once = model.prelude_layers * layer + readout + inside
     if isinstance(objective, BackpropagationThroughTime):
         depth = most_trained_iterations(objective, seed, steps)
         return once + (depth * number * width + iteration if objective.activation_checkpointing else depth * iteration)

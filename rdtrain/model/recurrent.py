@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import CacheSlot
+from .checkpointing import LayerCheckpointing
 from .layers import RMSNorm, RotaryTable, SandwichBlock
 from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients
 
@@ -279,6 +280,12 @@ class RecurrentDepthLM(nn.Module):
     def _head_loss(self, hidden: Tensor, targets: Tensor, evidence: Tensor | None, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weight, lengths = self.embedding.weight, None if evidence is None else self._inverse_lengths()
         return linear_cross_entropy(hidden, weight, targets, weights, evidence, lengths, working_dtype(weight), self._part_gradients)
+
+    def checkpoint_layers(self, how: LayerCheckpointing) -> None:
+        """What passes with gradient keep of each layer of prelude, core and coda."""
+        for module in self.modules():
+            if isinstance(module, SandwichBlock):
+                module.checkpointing = how
 
     def compile_parts(self) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
