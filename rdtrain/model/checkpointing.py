@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 LayerCheckpointing = Literal["none", "selective", "full"]
@@ -33,8 +33,14 @@ def is_product(function) -> bool:
     return function in PRODUCTS or function.name() == "flash_attn::_flash_attn_forward"
 
 
+def storages(tree) -> set[int]:
+    """Where the numbers of all tensors in arguments or an output lie."""
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+
+
 class Keep(TorchDispatchMode):
-    """Keeps what products return, in order."""
+    """Keeps what products return, in order; None for what is changed in place later, as the linear map that DeepSpeed puts in place of
+    PyTorch's under ZeRO 3 adds its bias."""
 
     def __init__(self, kept: list):
         super().__init__()
@@ -42,8 +48,11 @@ class Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        if function._schema.is_mutable:
+            changed = storages((args, kwargs))
+            self._kept[:] = [None if changed & storages(each) else each for each in self._kept]
         if is_product(function):
-            self._kept.append(tree_map_only(Tensor, torch.Tensor.detach, out))
+            self._kept.append(tree_map_only(Tensor, Tensor.detach, out))
         return out
 
 
@@ -55,7 +64,8 @@ class Reuse(TorchDispatchMode):
         self._kept = kept
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return self._kept.pop(0) if is_product(function) else function(*args, **(kwargs or {}))
+        kept = self._kept.pop(0) if is_product(function) else None
+        return function(*args, **(kwargs or {})) if kept is None else kept
 
 
 def keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:

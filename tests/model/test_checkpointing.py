@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rdtrain.model.checkpointing import checkpointed
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import ObjectiveSettings, build_objective
 from rdtrain.randomness import SampleRandom
@@ -56,6 +57,16 @@ def test_loss_and_gradients_are_the_same_to_the_bit_and_selective_repeats_no_pro
             assert torch.equal(actual[name], gradient), name
         more = {name: counts[name] - plain[name] for name in PRODUCTS}
         assert counts["silu"] > plain["silu"] > 0 and all((count > 0) == (how == "full") for count in more.values()), (how, more)
+
+
+def test_a_product_that_is_changed_in_place_is_computed_again():
+    x, weight = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
+
+    def layer(x, weight):
+        return (torch.ops.aten._unsafe_view(x @ weight.t(), (4, 4)).add_(1).sin() @ weight).exp()
+
+    plain, again = (torch.autograd.grad(out.sum(), (x, weight)) for out in (layer(x, weight), checkpointed("selective", layer, x, weight)))
+    assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
 
 
 def test_compiled_layers_keep_the_products_alone_and_no_casts_of_weights(build_model):
