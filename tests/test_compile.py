@@ -29,7 +29,8 @@ def compiler():
 @pytest.mark.parametrize(
     "objective",
     [
-        {"name": "diffusion_blocks", "self_conditioning": True, "chain_states": True, "core_readout": True},
+        {"name": "diffusion_blocks", "self_conditioning": True, "chain_states": True, "core_readout": True,
+         "layer_checkpointing": "selective"},
         {"name": "bptt", "trained_iterations": 2},
         {"name": "one_pass"},
     ],

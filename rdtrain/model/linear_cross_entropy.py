@@ -43,7 +43,7 @@ def part_gradients(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tens
     targets = targets.unsqueeze(-1)
     losses = -logits.gather(-1, targets).squeeze(-1)
     chosen = torch.arange(table.shape[0], device=table.device) == targets
-    gradient = logits.exp_().sub_(chosen.view(torch.uint8)).mul_(weights.unsqueeze(-1)).to(table.dtype)
+    gradient = logits.exp_().sub_(chosen.to(torch.uint8)).mul_(weights.unsqueeze(-1)).to(table.dtype)
     table_gradient.add_(gradient.t() @ hidden)
     return losses, gradient @ table
 

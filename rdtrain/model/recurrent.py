@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .cache import CacheSlot
 from .checkpointing import LayerCheckpointing
 from .layers import RMSNorm, RotaryTable, SandwichBlock
-from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients
+from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients, parts_of
 
 INITIAL_STATE_STD = math.sqrt(2 / 5)
 CONDITIONING_WIDTH = 128
@@ -306,9 +306,23 @@ class RecurrentDepthLM(nn.Module):
         """The targets of all tokens, fp32 [V, d]."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
-    def expected_embedding(self, logits: Tensor) -> Tensor:
-        """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on."""
-        return (logits.float().softmax(-1) @ self.unit_embeddings()).float()
+    def expected_embedding(self, logits: Tensor, unit: Tensor | None = None) -> Tensor:
+        """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on.
+
+        unit: `unit_embeddings`, where they are there already.
+        """
+        return (logits.float().softmax(-1) @ (self.unit_embeddings() if unit is None else unit)).float()
+
+    @torch.no_grad()
+    def read_embedding(self, state: Tensor, conditioning: Tensor | None, evidence: Tensor | None) -> Tensor:
+        """The expected embedding of the readout, fp32 [B, T, d], a part of the positions at a time, as `loss` takes them; no gradient."""
+        hidden, unit = self.coda(state, conditioning), self.unit_embeddings()
+        rows, evidence = hidden.flatten(0, 1), None if evidence is None else evidence.flatten(0, 1)
+        parts = [
+            self.expected_embedding(self.head(rows[part], None if evidence is None else evidence[part]), unit)
+            for part in parts_of(len(rows), self.config.vocab_size)
+        ]
+        return torch.cat(parts).view(hidden.shape)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class DiffusionBlocks(Objective):
         """
         before = self._level_before(iteration, sigma, block) if self.chain_states else sigma
         start = y + before.unsqueeze(-1) * eps
-        estimate = model.expected_embedding(denoise(model, start, e, before, self.noise.sigma_data(model.config.width), block=block))
+        sigma_data = self.noise.sigma_data(model.config.width)
+        estimate = model.read_embedding(*denoise_state(model, start, e, before, sigma_data, block=block))
         return euler_step(start, estimate, before.unsqueeze(-1), sigma.unsqueeze(-1)), estimate
 
     def _level_before(self, iteration: Tensor, sigma: Tensor, block: int) -> Tensor:

@@ -77,29 +77,31 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_full_logits_are(small_parts):
         assert deviation(one.detach(), truth.detach()) < max(1.2 * deviation(other.detach(), truth.detach()), 2**-8)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made."""
+class Rows(TorchDispatchMode):
+    """The most rows of any tensor with a column for each token that is made."""
 
-    elements = 0
+    most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.most = max([self.most, *(leaf.numel() // VOCABULARY for leaf in made if leaf.shape[-1:] == (VOCABULARY,))])
         return out
 
 
 def test_no_tensor_has_all_logits(build_model, small_parts):
     model = build_model(True, vocab_size=VOCABULARY, posterior_readout=True)
-    hidden, _, targets, weights, _, _ = operands()
+    _, _, targets, _, _, _ = operands()
     state, conditioning = torch.randn(BATCH, LENGTH, 32), model.condition(torch.zeros(BATCH, 1))
-    model._head_loss(state, targets, state)  # coda's own tensors are no matter here
-    with Largest() as largest:
-        model._head_loss(state.requires_grad_(), targets, state.detach(), weights)[0].backward()
-    assert largest.elements == VOCABULARY * 32 > 7 * VOCABULARY
-    value, losses = model.loss(state, targets, conditioning, state.detach())
+    with Rows() as rows:
+        value, losses = model.loss(state.requires_grad_(), targets, conditioning, state.detach())
+        value.backward()
+        embedding = model.read_embedding(state, conditioning, state.detach())
+    assert rows.most <= 32 < BATCH * LENGTH, "the 32 rows are those of the transposed embedding"
     logits = model.readout(state, conditioning, None, state.detach())
     torch.testing.assert_close(losses, logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
     assert value.item() == pytest.approx(losses.mean().item())
+    torch.testing.assert_close(embedding, model.expected_embedding(logits).detach())
 
 
 @pytest.mark.parametrize("tokens, vocabulary", [(1, 50), (48, 70), (53, 70), (16_384, 32_768), (65_536, 8_192), (5, 2**28)])
