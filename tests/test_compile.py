@@ -29,8 +29,7 @@ def compiler():
 @pytest.mark.parametrize(
     "objective",
     [
-        {"name": "diffusion_blocks", "self_conditioning": True, "chain_states": True, "core_readout": True,
-         "layer_checkpointing": "selective"},
+        {"name": "diffusion_blocks", "self_conditioning": True, "chain_states": True, "core_readout": True},
         {"name": "bptt", "trained_iterations": 2},
         {"name": "one_pass"},
     ],
