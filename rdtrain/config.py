@@ -113,12 +113,13 @@ class Config:
     def result_settings(self) -> dict:
         """The settings that decide what is computed; a run continues only where these are unchanged.
 
-        Engine, micro-batches and ranks change how a step is computed, and its results by no more than rounding. (To or from
-        engine.name=block_parallel, untied blocks go on with the same weights and the same samples, but train side by side or in turn.)
+        Engine, micro-batches, ranks and what layers keep change how a step is computed, and its results by no more than rounding. (To or
+        from engine.name=block_parallel, untied blocks go on with the same weights and the same samples, but train side by side or in turn.)
         """
         sections = ("data", "model", "objective", "noise", "batch", "optimizer", "schedule", "engine")
         settings = {name: dataclasses.asdict(getattr(self, name)) for name in sections} | {"seed": self.run.seed}
         del settings["optimizer"]["learning_rate_source"], settings["batch"]["micro_sequences"]
+        del settings["objective"]["layer_checkpointing"]
         settings["engine"] = {"precision": self.engine.precision}
         return settings
 

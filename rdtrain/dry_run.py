@@ -46,7 +46,7 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
     memory = engine_memory(shares, config, number, plan.accumulation)
     tokens = config.batch.micro_sequences * config.data.sequence_length
     per_token = activation_bytes(plan.model, plan.objective, number, device, config.run.seed, plan.total_steps)
-    memory.activations, memory.logits = round(per_token * tokens), round(logit_bytes(plan.model, number) * tokens)
+    memory.activations, memory.logits = round(per_token * tokens), logit_bytes(plan.model, number, tokens)
     traffic = step_traffic(shares, config, plan.objective, number, plan.accumulation, ranks)
     checkpoint = checkpoint_bytes(shares, config, number)
     free = shutil.disk_usage(_standing(Path(config.run.folder))).free

@@ -15,6 +15,7 @@ import torch
 from .config import Config
 from .engine.deepspeed_config import BUCKET, LIVE, PERSISTENT
 from .model.layers import SandwichBlock
+from .model.linear_cross_entropy import parts_of
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective
 from .objectives.bptt import BackpropagationThroughTime
@@ -261,10 +262,14 @@ def activation_bytes(model: ModelConfig, objective: Objective, number: int, devi
     width, norm = model.width, (2 if device == "cpu" else 1) * FP32 * model.width  # on CPU the normalised fp32 values are kept as well
     attention = (9 if device == "cpu" else 8) * number * width + FP32 * model.heads
     layer = 4 * norm + attention + 4 * number * model.mlp_width
-    conditioned = layer + (2 * number * width if model.noise_conditioning else 0)
+    conditioned, inside = layer + (2 * number * width if model.noise_conditioning else 0), 0
+    if objective.layer_checkpointing != "none":  # the inside of one layer is there while its backward pass runs
+        products = number * (6 * width + 2 * model.mlp_width) + FP32 * model.heads if objective.layer_checkpointing == "selective" else 0
+        kept = number * width + products
+        layer, conditioned, inside = kept, kept, conditioned - kept
     iteration = 2 * number * width + model.core_layers * conditioned
     readout = model.coda_layers * conditioned + 2 * norm + number * width
-    once = model.prelude_layers * layer + readout
+    once = model.prelude_layers * layer + readout + inside
     if isinstance(objective, BackpropagationThroughTime):
         depth = most_trained_iterations(objective, seed, steps)
         return once + (depth * number * width + iteration if objective.activation_checkpointing else depth * iteration)
@@ -277,12 +282,12 @@ def activation_bytes(model: ModelConfig, objective: Objective, number: int, devi
     return once + iteration
 
 
-def logit_bytes(model: ModelConfig, number: int) -> float:
-    """An estimate of the bytes of logits, for each token of a micro-batch, where they take the most: in the readout with the evidence of
-    the state, else where their cross-entropy is taken or differentiated."""
-    casts = 0 if number == FP32 else 2 * number
-    together = (3 * FP32 + casts if model.posterior_readout else 2 * FP32 + casts // 2) * model.vocab_size
-    return together + (FP32 * model.vocab_size if model.core_readout else 0)
+def logit_bytes(model: ModelConfig, number: int, tokens: int) -> int:
+    """An estimate of the bytes of the logits of a micro-batch of so many tokens, where they take the most: those of the part of the tokens
+    whose loss is taken at a time, and the sum of the embedding's gradient, which waits for the backward pass."""
+    part = parts_of(tokens, model.vocab_size)[0].stop * model.vocab_size
+    logits = (2 * FP32 + (number if number != FP32 and model.posterior_readout else 0)) * part
+    return logits + FP32 * model.vocab_size * model.width * (2 if model.core_readout else 1)
 
 
 def checkpoint_bytes(shares: Shares, config: Config, number: int) -> int:

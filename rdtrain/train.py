@@ -27,7 +27,7 @@ from .errors import UserError, first_line
 from .evaluation import Evaluator
 from .faults import StepJudge, too_many_skipped
 from .metrics import MetricLogger, MetricSums
-from .model.attention import attention_backend
+from .model.attention import attention_backend, refuse_head_width
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective, build_objective
 from .optimization import learning_rate
@@ -84,8 +84,12 @@ class Plan:
 
 
 def _refuse_impossible(config: Config, objective: Objective, world: World) -> None:
-    """UserError where the engine runs in one process and there are several, the objective cannot train one block and leave the others, or
-    the ranks' micro-batches would go separate ways."""
+    """UserError where the engine runs in one process and there are several, the objective cannot train one block and leave the others,
+    the ranks' micro-batches would go separate ways, or no fast kernel of attention takes the heads."""
+    try:
+        refuse_head_width(world.device, config.engine.dtype(world.device), config.model.head_width)
+    except ValueError as error:
+        raise UserError(f"'model' is impossible on CUDA: {error}") from None
     if config.engine.name == "torch" and world.size > 1:
         raise UserError(
             f"engine.name=torch runs in one process, and there are {world.size}: use engine.name=deepspeed or engine.name=fsdp"
@@ -188,7 +192,7 @@ def _train(config: Config, world: World, watch: Watch) -> int:
             "ranks": world.size,
             "device": world.device.type,
             "precision": str(dtype).removeprefix("torch."),
-            "attention": attention_backend(world.device, dtype),
+            "attention": attention_backend(world.device, dtype, config.model.head_width, config.data.sequence_length),
             **engine.facts,
             **start_facts(world.device.type),
         }

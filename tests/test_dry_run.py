@@ -1,5 +1,6 @@
 """`rdtrain train --dry-run`: what it tells of a run is true of that run, and what a start would refuse it refuses."""
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_the_estimate_of_activations_is_what_autograd_saves(settings, autocast, 
     # of a run of one step, whose depth is that of the objective's
     estimate = activation_bytes(model.config, objective, autocast.itemsize, "cpu", seed=0, steps=1)
     assert estimate == pytest.approx(actual, rel=0.05)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("autocast", [torch.float32, torch.bfloat16])
+def test_the_estimate_of_what_checkpointed_layers_keep_is_what_lives_after_the_forward_pass(how, autocast, build_model):
+    """Of two more layers of the core, so that all else is left out."""
+    objective = build_objective(ObjectiveSettings(layer_checkpointing=how), NoiseSettings(), 4)
+    actual, estimate = [], []
+    for layers in (1, 3):
+        model = build_model(width=64, mlp_width=160, core_layers=layers, vocab_size=30, **objective.model_fields)
+        model.checkpoint_layers(how)
+        before = {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+        with torch.autocast("cpu", autocast, autocast != torch.float32):
+            loss = objective(model, torch.zeros(4, 49, dtype=torch.int64), SampleRandom(0, range(4), torch.device("cpu"), 0))
+        kept = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and id(thing) not in before]
+        actual.append(sum({thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes() for thing in kept}.values()) / (4 * 48))
+        estimate.append(activation_bytes(model.config, objective, autocast.itemsize, "cpu", seed=0, steps=1))
+        loss.value.backward()
+    assert actual[1] - actual[0] == pytest.approx(estimate[1] - estimate[0], rel=0.02)
 
 
 def test_the_shown_deepspeed_configs_are_what_rdtrain_gives_deepspeed(rdtrain):

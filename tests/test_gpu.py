@@ -5,6 +5,7 @@ import torch
 
 from rdtrain.distributed import World, agree
 from rdtrain.engine import EngineSettings, build_engine
+from rdtrain.model.attention import attention_backend
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import ObjectiveSettings, build_objective
@@ -39,3 +40,26 @@ def test_a_training_step_does_not_wait_for_the_device(name, no_waiting):
         answer = agree(world, f"step {number}", number, 0)
         step(number)
         assert answer() == 0
+
+
+@pytest.mark.parametrize("name", ["diffusion_blocks", "bptt", "one_pass"])
+def test_compiled_and_checkpointed_losses_stay_within_bf16_noise_of_the_plain_ones_over_200_steps(name):
+    iterations, world, losses = 1 if name == "one_pass" else 4, World(0, 1, 0, torch.device("cuda", 0)), []
+    tokens = torch.randint(500, (8, 65), generator=torch.Generator().manual_seed(0)).to(world.device)
+    for compiled, how in ((False, "none"), (True, "selective")):
+        objective = build_objective(ObjectiveSettings(name=name, layer_checkpointing=how), NoiseSettings(), iterations, 1)
+        torch.manual_seed(0)
+        shape = ModelConfig(width=128, heads=2, mlp_width=256, iterations=iterations, vocab_size=500, **objective.model_fields)
+        settings = EngineSettings(name="torch", compile=compiled)
+        engine = build_engine(settings, RecurrentDepthLM(shape), objective, OptimizerSettings(), 8, 1, world)
+        found = [engine.train_step([(tokens, SampleRandom(0, range(8), world.device, step))], 1e-3)[0].value for step in range(200)]
+        losses.append(torch.stack(found).detach().float().cpu())
+    plain, other = losses
+    assert plain[-20:].mean() < plain[:20].mean()
+    assert (other[:20] - plain[:20]).abs().max() < 0.02 and (other - plain).mean().abs() < 0.02
+
+
+@pytest.mark.parametrize("head_width", [64, 96, 128, 256, 264])
+def test_no_head_that_is_trained_goes_through_the_math_kernel(head_width):
+    named = attention_backend(torch.device("cuda", 0), torch.bfloat16, head_width, 512)
+    assert named in ("flash-attn", "SDPA flash", "SDPA cudnn", "SDPA efficient") and (head_width <= 256 or named == "SDPA efficient")

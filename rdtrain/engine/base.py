@@ -73,6 +73,7 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        model.checkpoint_layers(objective.layer_checkpointing)
         self._autocast = torch.autocast(model.embedding.weight.device.type, autocast, enabled=autocast != torch.float32)
 
     def forward(self, tokens: Tensor, random: SampleRandom, held_out: bool = False) -> tuple[Tensor, Metrics] | Tensor:

@@ -1,12 +1,23 @@
-"""Causal attention behind one door: flash-attn where it can run, else PyTorch's scaled_dot_product_attention.
+"""Causal attention behind one door: flash-attn where it can run, else PyTorch's scaled_dot_product_attention (SDPA).
 
-flash-attn is used when it can be imported, the tensors are on CUDA and their dtype is fp16 or bf16. `attention_backend` says which
-of the two a run uses, so that nobody has to guess.
+flash-attn is used when it can be imported, the tensors are on CUDA, their dtype is fp16 or bf16 and the heads are no wider than it takes.
+Where SDPA runs in half precision on CUDA, whole sequences go through the first of KERNELS that can, and in passes with gradient never
+through its `math` kernel, which would keep all T x T scores. `attention_backend` says which kernel a run uses, so that nobody has to guess.
+
+flash-attn-4 (flash_attn.cute) is no backend of its own: its functions are none that torch.compile knows, and SDPA's flash kernel becomes
+flash-attn-4's by `torch.nn.attention.activate_flash_attention_impl("FA4")`, from PyTorch 2.10 on.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+WIDEST_FLASH_HEAD = 256
+"""Channels of a head that flash-attn, and SDPA's flash kernel, take at most."""
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""SDPA's kernels for whole sequences in half precision on CUDA, the first that can run first."""
 
 
 def find_flash_attn():
@@ -22,11 +33,38 @@ def find_flash_attn():
 FLASH_ATTN = find_flash_attn()
 
 
-def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the kernel that `causal_attention` uses for tensors of this device and dtype."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and FLASH_ATTN is not None:
+def half_precision(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors are such as flash kernels take: on CUDA, fp16 or bf16."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+def uses_flash_attn(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether `causal_attention` calls flash-attn."""
+    return FLASH_ATTN is not None and half_precision(device, dtype) and head_width <= WIDEST_FLASH_HEAD
+
+
+def refuse_head_width(device: torch.device, dtype: torch.dtype, head_width: int) -> None:
+    """ValueError for heads that no kernel but the `math` one takes: memory-efficient attention wants multiples of 8, the others at most
+    WIDEST_FLASH_HEAD. The device need not be there."""
+    if half_precision(device, dtype) and head_width > WIDEST_FLASH_HEAD and head_width % 8:
+        raise ValueError(
+            f"heads of {head_width} channels are more than the {WIDEST_FLASH_HEAD} of flash attention and no multiple of 8: choose width "
+            "and heads so that they are one or the other"
+        )
+
+
+def attention_backend(device: torch.device, dtype: torch.dtype, head_width: int = 64, length: int = 128) -> str:
+    """The name of the kernel that `causal_attention` uses for whole sequences of so many positions: `flash-attn`, or `SDPA` and the kernel
+    that it chooses, asked with tensors on the device."""
+    if uses_flash_attn(device, dtype, head_width):
         return "flash-attn"
-    return "SDPA"
+    query = torch.zeros(1, 1, length, head_width, device=device, dtype=dtype, requires_grad=True)
+    if not half_precision(device, dtype):
+        chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, is_causal=True))
+    else:
+        with sdpa_kernel(KERNELS, set_priority=True):
+            chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, is_causal=True))
+    return f"SDPA {chosen.name.removesuffix('_ATTENTION').lower()}"
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -38,10 +76,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     if mask is not None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     queries, keys = query.shape[2], key.shape[2]
-    if attention_backend(query.device, query.dtype) == "flash-attn":
+    if uses_flash_attn(query.device, query.dtype, query.shape[3]):
         # flash-attn wants [B, T, H, D] and aligns its causal mask with the last key, as we do.
         out = FLASH_ATTN(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=True)
         return out.transpose(1, 2)
+    if queries == keys and half_precision(query.device, query.dtype):
+        with sdpa_kernel(KERNELS if torch.is_grad_enabled() else [*KERNELS, SDPBackend.MATH], set_priority=True):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     if queries == keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     if queries == 1:

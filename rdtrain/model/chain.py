@@ -102,7 +102,7 @@ class DenoisingChain(Chain):
                 NoiseLevel.at(model, torch.full((1, 1), sigma, device=weight.device), self._sigma_data) for sigma in levels[:-1]
             ]
             self._targets = model.unit_embeddings()
-        self._head_targets = self._targets.to(weight.dtype) if model.config.posterior_readout else None  # as the head multiplies them
+        self._inverse_lengths = model.inverse_lengths() if model.config.posterior_readout else None
         self._states: list[Tensor | None] = [None] * iterations  # without a cache
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class DenoisingChain(Chain):
     def _logits(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool, shaped: bool) -> Tensor:
         from_core = self._sampling.chain_readout == "core" and not last
         read = self._model.readout_from_core if from_core else self._model.head
-        return read(hidden, evidence, self._head_targets, self._sampling.shape if shaped else None)
+        return read(hidden, evidence, self._inverse_lengths, self._sampling.shape if shaped else None)
 
     def _final(self, state: Tensor, evidence: Tensor | None, logits: Tensor, rows: Tensor, which: Tensor, k: int, last: bool) -> Tensor:
         """Logits [L, V] of the rows that leave: those of the coda, which has not run yet where the chain is read from the core."""

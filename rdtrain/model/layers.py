@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attention import causal_attention
 from .cache import CacheSlot
+from .checkpointing import LayerCheckpointing, checkpointed
 
 
 class RMSNorm(nn.Module):
@@ -89,6 +90,9 @@ class GatedMLP(nn.Module):
 class SandwichBlock(nn.Module):
     """One layer. With `conditioning_width`, its two input norms take the noise level through adaptive norm."""
 
+    checkpointing: LayerCheckpointing = "none"
+    """What a pass with gradient keeps of it (see checkpointing.py)."""
+
     def __init__(self, width: int, heads: int, mlp_width: int, eps: float, conditioning_width: int | None = None):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
@@ -100,6 +104,11 @@ class SandwichBlock(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None = None,
                 slot: CacheSlot | None = None) -> Tensor:
         """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it."""
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x, rotary, conditioning, slot)
+        return checkpointed(self.checkpointing, self._forward, x, rotary, conditioning, slot)
+
+    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None, slot: CacheSlot | None) -> Tensor:
         attention_scale = attention_shift = mlp_scale = mlp_shift = 0.0
         if self.modulation is not None:
             attention_scale, attention_shift, mlp_scale, mlp_shift = self.modulation(conditioning).chunk(4, dim=-1)

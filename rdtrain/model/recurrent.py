@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import CacheSlot
+from .checkpointing import LayerCheckpointing
 from .layers import RMSNorm, RotaryTable, SandwichBlock
+from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients, parts_of
 
 INITIAL_STATE_STD = math.sqrt(2 / 5)
 CONDITIONING_WIDTH = 128
@@ -180,6 +182,7 @@ class RecurrentDepthLM(nn.Module):
         self.estimate_adapter = nn.Linear(config.width, config.width, bias=False) if config.self_conditioning else None
         self.core_norm = RMSNorm(config.width, config.norm_eps) if config.core_readout else None
         self.core_scale = nn.Parameter(torch.ones(1)) if config.core_readout else None
+        self._part_gradients = part_gradients
         self.initialise()
 
     @torch.no_grad()
@@ -231,13 +234,13 @@ class RecurrentDepthLM(nn.Module):
         x = self.final_norm(state.to(working_dtype(self.embedding.weight)))
         return self.final_norm(run_layers(self.rotary, self.coda_layers, x, conditioning, cache))
 
-    def head(self, hidden: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None,
+    def head(self, hidden: Tensor, evidence: Tensor | None = None, inverse_lengths: Tensor | None = None,
              shape: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[B, T, d] as `coda` gives it -> logits [B, T, V] of the next token.
 
         evidence: z / sigma^2 [B, T, d] of a denoising model with posterior_readout. Its product with the unit embeddings, which is
         ln N(z; y_x, sigma^2) but for what all tokens x share, is added, so that by Bayes' rule the rest need only be a prior.
-        targets: `unit_embeddings()` where the caller keeps them. shape: what to make of that prior's logits first.
+        inverse_lengths: `inverse_lengths()` where the caller keeps them. shape: what to make of that prior's logits first.
         """
         weight = self.embedding.weight
         logits = F.linear(hidden, weight)
@@ -245,27 +248,54 @@ class RecurrentDepthLM(nn.Module):
             logits = shape(logits)
         if evidence is None:
             return logits
-        # Known, not learned: no gradient. Its size is up to 1 / sigma^2, so the sum is fp32 whatever the operands are.
-        targets = self.unit_embeddings().detach() if targets is None else targets
-        return logits.float() + F.linear(evidence.to(weight.dtype), targets.to(weight.dtype)).float()
+        # Known, not learned: no gradient.
+        lengths = self.inverse_lengths() if inverse_lengths is None else inverse_lengths
+        return logits.float() + evidence_logits(evidence, weight.detach(), lengths)
+
+    @torch.no_grad()
+    def inverse_lengths(self) -> Tensor:
+        """One over the length of each embedding, fp32 [V]."""
+        return 1 / self.embedding.weight.float().norm(dim=-1).clamp_min(1e-12)
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
                 evidence: Tensor | None = None) -> Tensor:
         """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
         return self.head(self.coda(state, conditioning, cache), evidence)
 
-    def readout_from_core(self, state: Tensor, evidence: Tensor | None = None, targets: Tensor | None = None,
+    def readout_from_core(self, state: Tensor, evidence: Tensor | None = None, inverse_lengths: Tensor | None = None,
                           shape: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits [B, T, V] read straight from the core's state [B, T, d]: a norm of its own, a learned scale, the tied embedding."""
-        return self.head(self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype)), evidence, targets, shape)
+        return self.head(self._core_hidden(state), evidence, inverse_lengths, shape)
 
-    def losses(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats of the readout at each position: state [B, T, d], targets [B, T] -> fp32 [B, T]."""
-        return token_losses(self.readout(state, conditioning, None, evidence), targets)
+    def _core_hidden(self, state: Tensor) -> Tensor:
+        return self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype))
+
+    def loss(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None,
+             weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the readout in nats, without its logits ever being there for all positions.
+
+        state [B, T, d], targets [B, T] -> the mean over positions, to differentiate, and each position's, fp32 [B, T], detached.
+        weights: fp32 [B, T], what each position counts in the mean; None is one for all.
+        """
+        return self._head_loss(self.coda(state, conditioning), targets, evidence, weights)
+
+    def loss_from_core(self, state: Tensor, targets: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy of `readout_from_core`, as in `loss`."""
+        return self._head_loss(self._core_hidden(state), targets, evidence)[0]
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor, evidence: Tensor | None, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight, lengths = self.embedding.weight, None if evidence is None else self.inverse_lengths()
+        return linear_cross_entropy(hidden, weight, targets, weights, evidence, lengths, working_dtype(weight), self._part_gradients)
+
+    def checkpoint_layers(self, how: LayerCheckpointing) -> None:
+        """What passes with gradient keep of each layer of prelude, core and coda."""
+        for module in self.modules():
+            if isinstance(module, SandwichBlock):
+                module.checkpointing = how
 
     def compile_parts(self) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
-        for part in ("_prelude", "coda", "losses", "unit_embedding"):
+        for part in ("_prelude", "coda", "unit_embedding", "inverse_lengths", "_part_gradients"):
             setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
         for core in self.cores:  # their weights are inputs of the compiled code, which they share
             core.forward = torch.compile(core.forward, dynamic=False, fullgraph=True)
@@ -282,9 +312,23 @@ class RecurrentDepthLM(nn.Module):
         """The targets of all tokens, fp32 [V, d]."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
-    def expected_embedding(self, logits: Tensor) -> Tensor:
-        """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on."""
-        return (logits.float().softmax(-1) @ self.unit_embeddings()).float()
+    def expected_embedding(self, logits: Tensor, unit: Tensor | None = None) -> Tensor:
+        """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on.
+
+        unit: `unit_embeddings`, where they are there already.
+        """
+        return (logits.float().softmax(-1) @ (self.unit_embeddings() if unit is None else unit)).float()
+
+    @torch.no_grad()
+    def read_embedding(self, state: Tensor, conditioning: Tensor | None, evidence: Tensor | None) -> Tensor:
+        """The expected embedding of the readout, fp32 [B, T, d], a part of the positions at a time, as `loss` takes them; no gradient."""
+        hidden, unit = self.coda(state, conditioning), self.unit_embeddings()
+        rows, evidence = hidden.flatten(0, 1), None if evidence is None else evidence.flatten(0, 1)
+        parts = [
+            self.expected_embedding(self.head(rows[part], None if evidence is None else evidence[part]), unit)
+            for part in parts_of(len(rows), self.config.vocab_size)
+        ]
+        return torch.cat(parts).view(hidden.shape)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

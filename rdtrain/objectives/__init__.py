@@ -15,7 +15,10 @@ def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iteration
     UserError for a K that the objective cannot have.
     """
     if settings.name == "diffusion_blocks":
-        return DiffusionBlocks(noise, iterations, settings, blocks)
-    if settings.name == "one_pass":
-        return OnePass(iterations)
-    return BackpropagationThroughTime(settings, iterations)
+        objective = DiffusionBlocks(noise, iterations, settings, blocks)
+    elif settings.name == "one_pass":
+        objective = OnePass(iterations)
+    else:
+        objective = BackpropagationThroughTime(settings, iterations)
+    objective.layer_checkpointing = settings.layer_checkpointing
+    return objective

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import World
+from ..model.checkpointing import LayerCheckpointing
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
 
@@ -31,6 +32,8 @@ class ObjectiveSettings:
     depth: bptt only: iterations of a training step: `poisson`, drawn for each step from Huginn's log-normal Poisson distribution around
         model.iterations, or `fixed`, model.iterations.
     activation_checkpointing: bptt only: keep nothing of the inside of an iteration for the backward pass and compute it again there.
+    layer_checkpointing: what each layer of prelude, core and coda keeps for the backward pass: `none` leaves it to PyTorch, `selective`
+        the outputs of matrix products and attention, and computes all between them again, `full` its input alone. The same gradients.
     """
 
     name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
@@ -43,12 +46,14 @@ class ObjectiveSettings:
     trained_iterations: int = 8
     depth: Literal["poisson", "fixed"] = "poisson"
     activation_checkpointing: bool = False
+    layer_checkpointing: LayerCheckpointing = "none"
 
     def __post_init__(self):
         """ValueError, in one sentence, for an impossible count and for a setting that would have no effect."""
         if self.trained_iterations < 1:
             raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
-        changed = [field.name for field in fields(self) if field.name != "name" and getattr(self, field.name) != field.default]
+        of_all = ("name", "layer_checkpointing")
+        changed = [field.name for field in fields(self) if field.name not in of_all and getattr(self, field.name) != field.default]
         of_blocks = ("posterior_readout", "wiener_input", "self_conditioning", "chain_states", "core_readout")
         for name in changed:
             owner = "diffusion_blocks" if name in of_blocks else "bptt"
@@ -82,6 +87,9 @@ class Objective(ABC):
 
     repeats_core: bool = False
     """Whether a step runs the core many times over: an engine that shards its weights gathers them once for all of these."""
+
+    layer_checkpointing: LayerCheckpointing = "none"
+    """As in ObjectiveSettings; who runs a model by this objective sets it there (`checkpoint_layers`)."""
 
     smallest_micro_batch: int = 1
     """Sequences that a micro-batch must have for its passes to be the same on every rank."""

@@ -54,9 +54,9 @@ class BackpropagationThroughTime(Objective):
                 state = checkpoint(model.iterate, state, e, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = model.iterate(state, e)
-        losses = model.losses(state, targets)
+        value, losses = model.loss(state, targets)
         depth_metric = (torch.full((), float(depth), device=losses.device), torch.ones((), device=losses.device))
-        return Loss(losses.mean(), {"loss": sum_and_count(losses), "depth": depth_metric})
+        return Loss(value, {"loss": sum_and_count(losses), "depth": depth_metric})
 
     def shared_draw(self, random: SampleRandom) -> int:
         return self.depth.draw(random.of_step())

@@ -19,7 +19,7 @@ from ..flops import forward_flops
 from ..model.denoiser import denoise, denoise_state
 from ..model.information import InformationEstimate
 from ..model.noise import NoiseSchedule, NoiseSettings, edm_weight
-from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
+from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..model.solvers import euler_step
 from ..randomness import SampleRandom
 from .base import Loss, Objective, ObjectiveSettings, sum_and_count
@@ -112,15 +112,14 @@ class DiffusionBlocks(Objective):
             if self.self_conditioning:
                 previous = previous.index_copy(0, rows, estimate)
         state, conditioning, evidence = self._denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
-        losses = model.losses(state, targets, conditioning, evidence)
+        weights = edm_weight(sigma, sigma_data).expand_as(targets) if self.settings.weighting == "edm" else None
+        value, losses = model.loss(state, targets, conditioning, evidence, weights)
         self.information.add(sigma, losses, self._weight)
-        weighted = losses * edm_weight(sigma, sigma_data) if self.settings.weighting == "edm" else losses
-        by_level = losses.detach().sum_to_size(sigma.shape).flatten()
+        by_level = losses.sum_to_size(sigma.shape).flatten()
         zeros, counts = torch.zeros(self.iterations, device=tokens.device), torch.full_like(by_level, losses.numel() / sigma.numel())
         by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
-        value = weighted.mean()
         if self.core_readout:
-            value = value + token_losses(model.readout_from_core(state, evidence), targets).mean()
+            value = value + model.loss_from_core(state, targets, evidence)
         metrics = {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration}
         if self._only_block is not None:
             metrics = {name: (self._weight * sums, self._weight * counts) for name, (sums, counts) in metrics.items()}
@@ -136,7 +135,8 @@ class DiffusionBlocks(Objective):
         """
         before = self._level_before(iteration, sigma, block) if self.chain_states else sigma
         start = y + before.unsqueeze(-1) * eps
-        estimate = model.expected_embedding(denoise(model, start, e, before, self.noise.sigma_data(model.config.width), block=block))
+        sigma_data = self.noise.sigma_data(model.config.width)
+        estimate = model.read_embedding(*denoise_state(model, start, e, before, sigma_data, block=block))
         return euler_step(start, estimate, before.unsqueeze(-1), sigma.unsqueeze(-1)), estimate
 
     def _level_before(self, iteration: Tensor, sigma: Tensor, block: int) -> Tensor:

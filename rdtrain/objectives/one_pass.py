@@ -25,8 +25,8 @@ class OnePass(Objective):
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         e = model.prelude(tokens[:, :-1])
-        losses = model.losses(model.iterate(torch.zeros_like(e), e), tokens[:, 1:])
-        return Loss(losses.mean(), {"loss": sum_and_count(losses)})
+        value, losses = model.loss(model.iterate(torch.zeros_like(e), e), tokens[:, 1:])
+        return Loss(value, {"loss": sum_and_count(losses)})
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """The one iteration, from zeros."""

@@ -53,6 +53,7 @@ FULL = [
     for checkpointing in ((False, True) if OBJECTIVES[objective]["name"] == "bptt" else (False,))
     for accumulation in (1, 4)
 ]
+CHECKPOINTING = {"activation_checkpointing": True, "layer_checkpointing": "selective"}
 STEPS = {"short": 12, "full": 50}
 
 
@@ -67,7 +68,7 @@ def cases(length: str) -> list[str]:
 
 
 def build(name: str, checkpointing: bool) -> tuple[RecurrentDepthLM, Objective]:
-    settings = ObjectiveSettings(**OBJECTIVES[name], **({"activation_checkpointing": True} if checkpointing else {}))
+    settings = ObjectiveSettings(**OBJECTIVES[name], **(CHECKPOINTING if checkpointing else {}))
     objective = build_objective(settings, NoiseSettings(), ITERATIONS)
     torch.manual_seed(0)
     config = ModelConfig(

@@ -7,9 +7,11 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rdtrain.model import attention as attention_module
-from rdtrain.model.attention import attention_backend, causal_attention
+from rdtrain.model.attention import attention_backend, causal_attention, refuse_head_width, uses_flash_attn
 from rdtrain.model.cache import CacheSlot
 from rdtrain.model.layers import Attention, GatedMLP, RMSNorm, RotaryTable, SandwichBlock, rotate
 
@@ -102,7 +104,7 @@ def test_flash_attn_is_called_in_its_own_layout_and_its_answer_comes_back_in_our
                 out[batch, :, head] = torch.tensor(heads)
         return out
 
-    monkeypatch.setattr(attention_module, "attention_backend", lambda device, dtype: "flash-attn")
+    monkeypatch.setattr(attention_module, "uses_flash_attn", lambda *_: True)
     monkeypatch.setattr(attention_module, "FLASH_ATTN", kernel)
     query, key, value = 2 * normal(2, 3, queries, 8, seed=1), normal(2, 3, keys, 8, seed=2), normal(2, 3, keys, 8, seed=3)
     assert_is_causal_attention(causal_attention(query, key, value), query, key, value, reference)
@@ -128,28 +130,48 @@ def fake_flash_attn(**contents):
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sdpa_is_used_on_cpu_even_where_flash_attn_is_present(dtype, flash_attn):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_is_used_on_cpu_even_where_flash_attn_is_present_and_its_kernel_is_named(dtype, flash_attn):
     flash_attn(fake_flash_attn(flash_attn_func=print))
-    assert attention_backend(CPU, dtype) == "SDPA"
+    assert attention_backend(CPU, dtype) == "SDPA flash"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attention_backend(CPU, dtype) == "SDPA math"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sdpa_is_used_on_cuda_where_flash_attn_cannot_be_imported(dtype, flash_attn):
+def test_flash_attn_is_used_on_cuda_in_half_precision_where_it_is_present_and_takes_the_heads(flash_attn):
     flash_attn(None)
-    assert attention_backend(CUDA, dtype) == "SDPA"
-
-
-def test_sdpa_is_used_on_cuda_where_only_an_impostor_answers_to_the_name(flash_attn):
-    flash_attn(fake_flash_attn(cute=object()))
-    assert attention_backend(CUDA, torch.bfloat16) == "SDPA"
-
-
-def test_flash_attn_is_used_on_cuda_in_half_precision_where_it_is_present(flash_attn):
+    assert not uses_flash_attn(CUDA, torch.bfloat16, 64)
+    flash_attn(fake_flash_attn(cute=object()))  # flash-attn-4 answers to the name too
+    assert not uses_flash_attn(CUDA, torch.bfloat16, 64)
     flash_attn(fake_flash_attn(flash_attn_func=print))
-    assert attention_backend(CUDA, torch.bfloat16) == "flash-attn"
-    assert attention_backend(torch.device("cuda", 3), torch.float16) == "flash-attn"
-    assert attention_backend(CUDA, torch.float32) == "SDPA"
+    assert attention_backend(CUDA, torch.bfloat16) == attention_backend(torch.device("cuda", 3), torch.float16) == "flash-attn"
+    assert uses_flash_attn(CUDA, torch.bfloat16, 256) and not uses_flash_attn(CUDA, torch.bfloat16, 258)
+    assert not uses_flash_attn(CUDA, torch.float32, 64)
+
+
+def test_heads_that_only_the_math_kernel_takes_are_refused_where_it_would_run():
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for device, dtype, width in ((CUDA, bf16, 20), (CUDA, bf16, 264), (CUDA, fp32, 258), (CPU, bf16, 258)):
+        refuse_head_width(device, dtype, width)
+    with pytest.raises(ValueError, match="^heads of 258 channels are more than the 256 of flash attention and no multiple of 8: choose"):
+        refuse_head_width(CUDA, torch.bfloat16, 258)
+
+
+def test_training_in_half_precision_never_takes_the_math_kernel_compiled_or_not(monkeypatch):
+    """With the CPU's kernels, the first of ours being its own flash kernel too; where only others are left, it fails."""
+    monkeypatch.setattr(attention_module, "half_precision", lambda device, dtype: True)
+    query = normal(1, 2, 6, 8, seed=1).requires_grad_()
+    compiled = torch.compile(causal_attention, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    for attention in (causal_attention, compiled):
+        torch.testing.assert_close(attention(query, query, query), expected)
+    before = torch.backends.cuda.math_sdp_enabled()
+    monkeypatch.setattr(attention_module, "KERNELS", [SDPBackend.EFFICIENT_ATTENTION])
+    with pytest.raises(RuntimeError, match="No (available|viable)"):
+        causal_attention(query, query, query)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(query, query, query), expected.detach())
+    assert torch.backends.cuda.math_sdp_enabled() == before
 
 
 def test_attention_equals_a_loop_over_heads_and_positions(perturb, reference):

@@ -84,15 +84,11 @@ def training_pass(request, build_model, random_of, monkeypatch):
     model = build_model(blocks=blocks, **objective.model_fields)
     unit_embedding = model.unit_embedding
 
-    def remember_logits(name):
-        read = getattr(model, name)
+    head_loss = model._head_loss
 
-        def remember(*args):
-            logits = read(*args)
-            seen.setdefault("logits", []).append(logits.detach())
-            return logits
-
-        return remember
+    def remember_logits(hidden, targets, evidence, weights=None):
+        seen.setdefault("logits", []).append(model.head(hidden, evidence).detach())
+        return head_loss(hidden, targets, evidence, weights)
 
     def run(tokens, held_y=None):
         def remember_y(ids):
@@ -100,12 +96,10 @@ def training_pass(request, build_model, random_of, monkeypatch):
             return seen["y"]
 
         with monkeypatch.context() as patch:
-            for name in ("readout", "readout_from_core"):
-                patch.setattr(model, name, remember_logits(name))
+            patch.setattr(model, "_head_loss", remember_logits)
             patch.setattr(model, "unit_embedding", remember_y)
             objective(model, tokens, random_of(range(6)))
-        earlier = objective.self_conditioning or objective.chain_states  # an iteration whose logits are no part of the loss
-        logits = seen.pop("logits")[earlier:]
+        logits = seen.pop("logits")
         assert len(logits) == 1 + objective.core_readout
         return torch.cat(logits, dim=-1), seen["y"]
 

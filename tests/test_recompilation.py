@@ -1,0 +1,69 @@
+"""Compiled training and evaluation meet no new code once each kind of pass is known, whatever depth, sigma, block, samples and step."""
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from rdtrain.distributed import World
+from rdtrain.engine import EngineSettings, build_engine
+from rdtrain.model.noise import NoiseSettings
+from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.objectives import ObjectiveSettings, build_objective
+from rdtrain.optimization import OptimizerSettings
+from rdtrain.randomness import SampleRandom
+
+CPU, LENGTH, MICRO, TRAINED = torch.device("cpu"), 8, 2, 2
+TRIALS = {"self_conditioning": True, "chain_states": True, "core_readout": True}
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """Stands in for the compiler and counts what it is given."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "settings, iterations, blocks",
+    [
+        ({"name": "diffusion_blocks", "layer_checkpointing": "selective"}, 6, 1),
+        ({"name": "diffusion_blocks", **TRIALS}, 6, 3),
+        ({"name": "bptt", "trained_iterations": TRAINED, "activation_checkpointing": True}, 6, 1),
+        ({"name": "one_pass"}, 1, 1),
+    ],
+    ids=["diffusion_blocks", "untied_blocks", "bptt", "one_pass"],
+)
+def test_nothing_is_compiled_after_the_first_steps(settings, iterations, blocks, counter):
+    objective = build_objective(ObjectiveSettings(**settings), NoiseSettings(), iterations, blocks)
+    shape = ModelConfig(width=16, heads=2, mlp_width=16, prelude_layers=1, core_layers=1, coda_layers=1, iterations=iterations,
+                        blocks=blocks, vocab_size=30, **objective.model_fields)
+    engine = build_engine(
+        EngineSettings(name="torch", compile=True), RecurrentDepthLM(shape), objective, OptimizerSettings(), MICRO, 2, World(0, 1, 0, CPU)
+    )
+
+    def samples(first: int, step: int) -> tuple[torch.Tensor, SampleRandom]:
+        tokens = torch.randint(30, (MICRO, LENGTH + 1), generator=torch.Generator().manual_seed(first))
+        return tokens, SampleRandom(0, range(first, first + MICRO), CPU, step)
+
+    def train(step: int) -> None:
+        block = objective.active_block(SampleRandom(0, (), CPU, step))
+        engine.train_step([samples(4 * step, step), samples(4 * step + MICRO, step)], 1e-3 / (1 + step), block)
+        engine.held_out_nll(*samples(step, step))
+
+    drawn = {step: objective.shared_draw(SampleRandom(0, (), CPU, step)) for step in range(50)}  # its depth or block
+    first = [step for step, value in drawn.items() if settings["name"] != "bptt" or value > TRAINED][:2]  # with iterations of both kinds
+    others = {value: step for step, value in drawn.items() if step not in first}
+    for step in first:
+        train(step)
+    seen = counter.frame_count
+    assert seen >= 3 and (len(others) >= 3 or list(others) == [None])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in list(others.values())[:5]:
+            train(step)
+        train(100)
+    assert counter.frame_count == seen
