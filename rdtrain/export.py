@@ -140,8 +140,14 @@ def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedul
 
 def _continued_by_transformers(folder: Path, ids: Tensor, iterations: int) -> Tensor:
     """Four tokens [B, 4] after ids [B, T], by the folder's class for transformers, greedily."""
+    from transformers.utils import logging
+
     modeling = importlib.import_module("rdtrain_exported.modeling_rdtrain")  # `load_exported` has made the package
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     model = modeling.RecurrentDepthForCausalLM.from_pretrained(folder)
+    if shown:
+        logging.enable_progress_bar()
     tokens = model.generate(
         ids, attention_mask=torch.ones_like(ids), min_new_tokens=4, max_new_tokens=4, do_sample=False, num_iterations=iterations, seed=0,
         eos_token_id=None, pad_token_id=0,

@@ -42,6 +42,8 @@ class RecurrentDepthCache(Cache):
         self._model, self._noise, self.iterations, self._sampling = model, noise, iterations, sampling
         self._make(seeds, padding, max(self.capacity, SMALLEST))
 
+    @torch.inference_mode(False)  # or what is made in inference mode could not be written to outside of it
+    @torch.no_grad()
     def _make(self, seeds: Tensor, padding: Tensor | None, capacity: int) -> None:
         model, sampling, iterations = self._model, self._sampling, self.iterations
         denoising = model.config.noise_conditioning
@@ -56,6 +58,7 @@ class RecurrentDepthCache(Cache):
         else:
             self._chain = UnrolledChain(model, iterations, sampling, self._cache, TextRandom(seeds))
 
+    @torch.no_grad()
     def _remake(self, rows: Tensor | None, capacity: int) -> None:
         """The same with other rows [B'] of it, or all, and another capacity."""
         before = self._cache
@@ -77,8 +80,9 @@ class RecurrentDepthCache(Cache):
         if batch != len(self._seeds):
             raise ValueError(f"the cache holds {len(self._seeds)} sequences, and {batch} were given: start a new one")
 
+    @torch.no_grad()
     def logits(self, ids: Tensor, observe: Callable[[Tensor, Tensor | None], None] | None) -> Tensor:
-        """New tokens [B, n] -> logits [B, V] of the one after them; observe: see `Chain`."""
+        """New tokens [B, n] -> logits [B, V] of the one after them, without gradient; observe: see `Chain`."""
         needed = self._cache.length + ids.shape[1]
         if needed > self.capacity:
             self._remake(None, max(needed, 2 * self.capacity))

@@ -109,9 +109,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         state = self.state_dict() if state_dict is None else state_dict
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         super().save_pretrained(save_directory, *arguments, state_dict=state, **settings)
-        code = Path(__file__).parent
-        for file in code.glob("*.py"):
-            if file.parent.resolve() != Path(save_directory).resolve():
+        # transformers takes along what this file imports; the folder that it was loaded from has the program as well.
+        origin = self.config.name_or_path if self.is_remote_code() else ""
+        for file in Path(origin).glob("*.py") if origin else ():
+            if not (Path(save_directory) / file.name).exists():
                 shutil.copyfile(file, Path(save_directory) / file.name)
 
     def get_input_embeddings(self) -> torch.nn.Embedding:

@@ -21,8 +21,8 @@ from .tokenizer import Tokenizer
 class RecurrentDepthTokenizer(PreTrainedTokenizer):
     """A text becomes the mark of its beginning and its pieces, as `Tokenizer.encode(text, bos=True)` has it.
 
-    Marks come from the model alone: `<s>` and `</s>` in a text are text, unless `split_special_tokens=False` is asked for. Padding is on
-    the left, with the mark of an end, for generation.
+    There is no unknown token, as every byte has a piece. Marks come from the model alone: `<s>` and `</s>` in a text are text, unless
+    `split_special_tokens=False` is asked for. Padding is on the left, with the mark of an end, for generation.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -40,10 +40,9 @@ class RecurrentDepthTokenizer(PreTrainedTokenizer):
             raise ValueError(f"{vocab_file} is not the tokenizer that the model was trained with: export the model again")
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         processor = self._pieces._processor
-        marks = {"bos_token": self._pieces.bos_id, "eos_token": self._pieces.eos_id, "unk_token": processor.unk_id()}
+        marks = {"bos_token": self._pieces.bos_id, "eos_token": self._pieces.eos_id, "pad_token": self._pieces.eos_id}
         for name, number in marks.items():
             others.setdefault(name, processor.id_to_piece(number))
-        others.setdefault("pad_token", processor.id_to_piece(self._pieces.eos_id))
         others.setdefault("split_special_tokens", True)
         super().__init__(
             vocab_file=vocab_file, add_bos_token=add_bos_token, add_eos_token=add_eos_token, tokenizer_hash=self._pieces.hash, **others
