@@ -306,6 +306,7 @@ def _add_evaluate(verbs) -> None:
     samples.add_argument("--solver", help="how a denoising model's chain steps: euler, multistep or ancestral (default: euler)")
     samples.add_argument("--chain-temperature", type=float, help="of the distributions inside the chain (default: 1)")
     samples.add_argument("--chain-top-p", type=float, help="top-p of the distributions inside the chain (default: 1)")
+    samples.add_argument("--chain-top-k", type=int, help="top-k of the distributions inside the chain (default: all)")
     samples.add_argument("--chain-readout", help="where those are read: coda or core (default: coda)")
     samples.add_argument("--exit", help="end a token's iterations when it has settled: never, entropy, kl or argmax (default: never)")
     samples.add_argument("--exit-threshold", type=float, help="nats, or of argmax iterations (default: 0.05, 0.001 and 3)")
@@ -325,8 +326,8 @@ def _evaluate(arguments) -> None:
     from .evaluate.mauve import MauveSettings
 
     values = vars(arguments)
-    names = ("top_k", "top_p", "min_p", "solver", "chain_temperature", "chain_top_p", "chain_readout", "exit", "exit_threshold",
-             "exit_minimum", "caches", "cache_order")
+    names = ("top_k", "top_p", "min_p", "solver", "chain_temperature", "chain_top_p", "chain_top_k", "chain_readout", "exit",
+             "exit_threshold", "exit_minimum", "caches", "cache_order")
     sampling = {name: values[name] for name in names if values[name] is not None}
     mauve = MauveSettings(arguments.mauve_scaling, "auto" if arguments.mauve_clusters is None else arguments.mauve_clusters, arguments.seed)
     others = {name: values[name] for name in EvaluateSettings.__dataclass_fields__ if name not in ("sampling", "mauve")}

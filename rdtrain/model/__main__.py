@@ -41,33 +41,69 @@ def main() -> None:
         "the next: below 1 the text becomes likelier and less varied, earlier than --temperature can make it"
     )
     parser.add_argument("--chain-top-p", type=float, default=1.0, help="as --top-p, within each iteration but the last")
+    parser.add_argument("--chain-top-k", type=int, default=0, help="as --top-k, within each iteration but the last: quicker for "
+                        "one text at a time")
     parser.add_argument("--chain-readout", default="coda", help="where each iteration but the last is read: coda, or core, which is "
                         "quicker and needs a model with a core readout")
+    parser.add_argument("--exit", default="never", help="end a token's iterations when it has settled: never; entropy or kl, of its "
+                        "distribution, or that from the iteration before, is below a threshold; argmax, its likeliest token stays the same")
+    parser.add_argument("--exit-threshold", type=float, help="nats, or for argmax iterations (default: 0.05 for entropy, 0.001 for kl, 3)")
+    parser.add_argument("--exit-minimum", type=int, default=1, help="iterations that a token takes at least")
+    parser.add_argument("--caches", type=int, default=0, help="key-value caches that the K iterations share: less memory, other text; 0 "
+                        "gives each its own, 1 keeps the last iteration's alone")
+    parser.add_argument("--cache-order", default="adjacent", help="which iterations share one: adjacent, or cyclic (modulo --caches)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of sampling")
+    parser.add_argument("--interactive", action="store_true", help="converse at the terminal, with the cache kept from turn to turn")
+    parser.add_argument("--jsonl", type=Path, nargs=2, metavar=("IN", "OUT"), help='continue each {"prompt": TEXT} of a file; goes on '
+                        "behind the whole lines that OUT has")
+    parser.add_argument("--batch", type=int, default=16, help="prompts of --jsonl at a time")
+    parser.add_argument("--context", type=int, default=1024, help="positions that the cache of --interactive and --jsonl holds at most")
     parser.add_argument("--no-cache", action="store_true", help="recompute the past at every token (slow; for checking)")
     parser.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one)")
     arguments = parser.parse_args()
 
+    from dataclasses import fields
+
     from .generation import Sampling, TextGenerator
 
     try:
-        sampling = Sampling(
-            arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.solver, arguments.chain_temperature,
-            arguments.chain_top_p, arguments.chain_readout,
-        )
+        if bool(arguments.prompt or arguments.no_cache) + bool(arguments.jsonl) + arguments.interactive > 1:
+            raise ValueError("--prompt, --jsonl and --interactive exclude each other, and --no-cache goes with --prompt: choose one")
+        sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
         generator = TextGenerator.load(FOLDER, arguments.device)
+        iterations = generator.iterations if arguments.iterations is None else arguments.iterations
+        if arguments.interactive:
+            from .console import Console
+
+            Console(generator, iterations, sampling, arguments.seed, arguments.max_new_tokens, arguments.context).run()
+            return
+        if arguments.jsonl:
+            from .text_batches import continue_prompts
+
+            continue_prompts(generator, *arguments.jsonl, iterations, sampling, arguments.seed, arguments.max_new_tokens, arguments.batch,
+                             arguments.context)
+            return
         for prompt in arguments.prompt or [""]:
             print(prompt, end="", flush=True)
             started, count = time.perf_counter(), 0
-            for text in generator.stream(
-                prompt, arguments.max_new_tokens, arguments.iterations, sampling, arguments.seed, use_cache=not arguments.no_cache
-            ):
+            ids = generator.tokenizer.encode(prompt, bos=True)
+            decoder = generator.decoder(
+                1, len(ids) + max(arguments.max_new_tokens, 0), iterations, sampling, use_cache=not arguments.no_cache
+            )
+            for _, text in generator.write(decoder, ids, arguments.seed, arguments.max_new_tokens):
                 print(text, end="", flush=True)
                 count += 1
-            rate = count / (time.perf_counter() - started)
-            print(f"\n[{count} tokens, K = {arguments.iterations or generator.iterations}, {rate:.1f} tokens/s]", file=sys.stderr)
+            rate, used = count / (time.perf_counter() - started), [one.item() for one in decoder.iterations_used[:count]]
+            mean = f" ({sum(used) / len(used):.1f} used)" if used else ""
+            cache = "no cache" if decoder.cache is None else f"cache {decoder.cache.bytes / 2**20:.1f} MiB"
+            print(f"\n[{count} tokens, K = {iterations}{mean}, {rate:.1f} tokens/s, {cache}]", file=sys.stderr)
     except (ValueError, OSError) as error:
         sys.exit(f"\n{FOLDER.name}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit(f"\n{FOLDER.name}: there is not enough memory for model and key-value cache: ask for fewer tokens or iterations, or "
+                 "smaller --batch, --context or --caches")
     except KeyboardInterrupt:
         sys.exit(130)
 

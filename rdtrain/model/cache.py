@@ -37,7 +37,7 @@ class CachePlace:
         self.capacity, self.length, self.count = capacity, 0, 0
         self.padding = self.rows = self.positions = self.turns = self.mask = None
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # `length`, on the device
-        self.one_position = False
+        self.one_position, self.shown = False, 0  # whether a step of one position is under way, and the columns that it attends to
         self._columns = torch.arange(capacity, device=device)
         self._table: tuple[Tensor, Tensor] | None = None
 
@@ -55,12 +55,12 @@ class CachePlace:
             raise ValueError(f"the key-value cache holds {self.capacity} positions, and {self.length + count} were asked of it")
         if self._table is None:  # kept, as a graph holds on to it, and the model's own may be replaced by a longer one
             self._table = rotary(0, self.capacity, self.column.device)
-        self.count, self.one_position, self.rows = count, count == 1, None
+        self.count, self.one_position, self.rows, self.shown = count, count == 1, None, self.view
         if self.one_position:
             columns = self.column
         else:
             columns = self._columns[self.length : self.length + count]
-        seen = self._columns[: self.view if self.one_position else self.length + count]
+        seen = self._columns[: self.shown if self.one_position else self.length + count]
         self.positions, self.mask = columns.unsqueeze(0), None
         if self.one_position:
             self.mask = (seen <= columns.unsqueeze(1)).view(1, 1, 1, -1)
@@ -76,7 +76,7 @@ class CachePlace:
         if self.padding is not None:
             chosen = self.padding[rows].unsqueeze(1)
             self.positions = (self.column.unsqueeze(0) - chosen).clamp(min=0)
-            seen = self._columns[: self.view]
+            seen = self._columns[: self.shown]
             self.mask = ((seen <= self.column) & (seen >= chosen)).view(len(rows), 1, 1, -1)
             self.turns = tuple(table[self.positions].unsqueeze(1) for table in self._table)
 
@@ -121,9 +121,9 @@ class CacheSlot:
         place = self.place
         if place.rows is None:
             stored.index_copy_(2, place.column, new)
-            return stored[:, :, : place.view]
+            return stored[:, :, : place.shown]
         stored[place.rows, :, place.column] = new[:, :, 0]
-        return stored[:, :, : place.view].index_select(0, place.rows)
+        return stored[:, :, : place.shown].index_select(0, place.rows)
 
 
 class KeyValueCache:

@@ -112,7 +112,7 @@ class DenoisingChain(Chain):
         known = self._targets[ids[:, 1:]]
         e = model.prelude(ids if cache is not None else self._ids, cache and cache.prelude)
         z = self._steps[0][0] * eps[:, -1:]
-        solver = SOLVERS[self._sampling.solver](self._targets, self.random)
+        solver = SOLVERS[self._sampling.solver](self._targets, self.random, self._sampling.chain_top_k)
         exits, previous = self._exits(ids), None
         for k, (sigma, sigma_next) in enumerate(self._steps):
             state = torch.cat((known + sigma * eps[:, :-1], z), dim=1) if known.shape[1] else z

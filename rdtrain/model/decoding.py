@@ -129,17 +129,18 @@ class Decoder:
                     return
 
     def _pad(self, padding: list[int] | None) -> None:
+        padded = self.cache is not None and self.cache.place.padding is not None
         if padding is None or not any(padding):
-            if self.cache is not None and self.cache.place.padding is not None:
-                self.cache.place.padding, self._steps = None, {}
+            if padded:  # it stays, as zeros: captured steps read it
+                self.cache.place.padding.zero_()
             return
         if self.cache is None or self.length:
             raise ValueError("rows of unequal length need an empty key-value cache: use one, and start it anew")
         widths = torch.tensor(padding).to(self._ids.device)
-        if self.cache.place.padding is None:  # a captured step has none, or reads it from this tensor
-            self.cache.place.padding, self._steps = widths, {}
-        else:
+        if padded:
             self.cache.place.padding.copy_(widths)
+        else:
+            self.cache.place.padding, self._steps = widths, {}
 
     def _next(self, ids: Tensor) -> Tensor:
         if self._capture and ids.shape[1] == 1:

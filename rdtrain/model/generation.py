@@ -66,30 +66,42 @@ class TextGenerator:
             raise ValueError(f"the tokenizer in {folder} is not the one that the model was trained with: export it again")
         return cls(model.to(device, dtype).requires_grad_(False), noise, tokenizer)
 
-    def stream(self, prompt: str, max_new_tokens: int, iterations: int | None = None, sampling: Sampling | None = None, seed: int = 0,
-               use_cache: bool = True) -> Iterator[str]:
-        """Yield the continuation of a prompt, a piece of text for each token (empty while a character is incomplete).
-
-        Ends early where the model ends the document. iterations: K, as trained where None. ValueError for settings of the chain
-        when the model has none.
-        """
+    def decoder(self, batch: int, capacity: int, iterations: int | None = None, sampling: Sampling | None = None,
+                use_cache: bool = True) -> Decoder:
+        """A decoder of the model. iterations: K, as trained where None. ValueError for settings that it cannot run with."""
         sampling = sampling or Sampling()
         if sampling.changes_the_chain and not self.model.config.noise_conditioning:
             raise ValueError(
                 "solver and chain_* are settings of a denoising model, and this one was trained by "
                 "backpropagation through time: leave them out"
             )
-        device = self.model.embedding.weight.device
-        ids = torch.tensor([self.tokenizer.encode(prompt, bos=True)], device=device)
+        return Decoder(self.model, self.noise, self.iterations if iterations is None else iterations, sampling, batch, capacity, use_cache)
+
+    def write(self, decoder: Decoder, ids: list[int], seed: int, max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        """Yield the tokens that follow ids, which follow what a decoder of one row holds, each with the text that it completes.
+
+        The text is empty while a character is incomplete. Ends early where the model ends the document.
+        """
         tokens, shown = [], 0
-        iterations = self.iterations if iterations is None else iterations
-        steps = generate(self.model, ids, max_new_tokens, iterations, self.noise, sampling, seed, use_cache)
-        for number, chosen in enumerate(steps, start=1):
-            if chosen.item() == self.tokenizer.eos_id:
+        for number, chosen in enumerate(decoder.generate(torch.tensor([ids]), seed, max_new_tokens), start=1):
+            token = chosen.item()
+            if token == self.tokenizer.eos_id:
                 return
-            tokens.append(chosen.item())
+            tokens.append(token)
             text = self.tokenizer.decode(tokens)
             if number < max_new_tokens:
                 text = text.rstrip("\ufffd")  # bytes of a character that is not complete yet
-            yield text[shown:]
+            yield token, text[shown:]
             shown = max(shown, len(text))
+
+    def stream(self, prompt: str, max_new_tokens: int, iterations: int | None = None, sampling: Sampling | None = None, seed: int = 0,
+               use_cache: bool = True) -> Iterator[str]:
+        """Yield the continuation of a prompt, a piece of text for each token (empty while a character is incomplete).
+
+        Ends early where the model ends the document. iterations: K, as trained where None. ValueError for settings of the chain
+        when the model has none, and for a prompt that UTF-8 cannot hold.
+        """
+        ids = self.tokenizer.encode(prompt, bos=True)
+        decoder = self.decoder(1, len(ids) + max(max_new_tokens, 0), iterations, sampling, use_cache)
+        for _, text in self.write(decoder, ids, seed, max_new_tokens):
+            yield text

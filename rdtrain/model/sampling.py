@@ -25,6 +25,8 @@ class Sampling:
     solver: euler, multistep or ancestral; see solvers.py.
     chain_temperature, chain_top_p: as temperature and top_p, of the distribution that an iteration hands to the solver: its expected
         embedding, or for ancestral its draw, is that of the sharpened distribution.
+    chain_top_k: as top_k, of the same; 0 keeps all. The expected embedding of few tokens is quicker than that of all, for few texts at
+        a time.
     chain_readout: where that distribution is read: `coda`, or `core` for a model with a core readout, which spares the coda.
 
     Of how many iterations a token takes, and what they keep (any model):
@@ -49,6 +51,7 @@ class Sampling:
     exit_minimum: int = 1
     caches: int = 0
     cache_order: str = "adjacent"
+    chain_top_k: int = 0
 
     def __post_init__(self):
         """ValueError, in one sentence, for settings that leave nothing to draw from and for an unknown solver."""
@@ -58,8 +61,9 @@ class Sampling:
         for name in ("top_p", "chain_top_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], and it is {getattr(self, name)}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, and it is {self.top_k}")
+        for name in ("top_k", "chain_top_k", "caches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, and it is {getattr(self, name)}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie in [0, 1], and it is {self.min_p}")
         if self.solver not in SOLVERS:
@@ -74,15 +78,14 @@ class Sampling:
             raise ValueError(f"exit_threshold must be positive, with an exit that has one, and it is {self.exit_threshold}")
         if self.exit_minimum < 1:
             raise ValueError(f"exit_minimum must be at least 1, and it is {self.exit_minimum}")
-        if self.caches < 0:
-            raise ValueError(f"caches must not be negative, and it is {self.caches}")
         if self.cache_order not in ("adjacent", "cyclic"):
             raise ValueError(f"cache_order must be adjacent or cyclic, and it is {self.cache_order}")
 
     @property
     def changes_the_chain(self) -> bool:
         """Whether anything but the last iteration's draw is set: what means nothing to a model that is not a denoiser."""
-        return (self.solver, self.chain_temperature, self.chain_top_p, self.chain_readout) != ("euler", 1, 1, "coda")
+        chain = (self.solver, self.chain_temperature, self.chain_top_p, self.chain_top_k, self.chain_readout)
+        return chain != ("euler", 1, 1, 0, "coda")
 
     def chain_logits(self, logits: Tensor) -> Tensor:
         """Logits [..., V] of an iteration before the last -> fp32 logits [..., V] for the solver."""

@@ -70,11 +70,12 @@ class Solver:
     """The way of positions [B, n] down the levels; made anew for each. z is [B, n, d].
 
     unit_embeddings: [V, d], the target of each token. random: the positions' random numbers, of which iteration k, from 0, has two
-    purposes of its own: ITERATION + 2 k and the next.
+    purposes of its own: ITERATION + 2 k and the next. top_k: the likeliest tokens of which D is the mean, or x is drawn; 0: all. With few
+    rows, where a product with all targets takes as long as the head, it saves that.
     """
 
-    def __init__(self, unit_embeddings: Tensor, random: PositionRandom):
-        self.unit_embeddings, self.random = unit_embeddings, random
+    def __init__(self, unit_embeddings: Tensor, random: PositionRandom, top_k: int = 0):
+        self.unit_embeddings, self.random, self.top_k = unit_embeddings, random, min(top_k, len(unit_embeddings))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows [R] of the batch."""
@@ -86,7 +87,17 @@ class Solver:
 
     def expected(self, logits: Tensor) -> Tensor:
         """D, the expected target under logits [..., V] -> [..., d]."""
-        return logits.softmax(-1) @ self.unit_embeddings
+        if not self.top_k:
+            return logits.softmax(-1) @ self.unit_embeddings
+        logits, tokens = logits.topk(self.top_k)
+        return (logits.softmax(-1).unsqueeze(-2) @ self.unit_embeddings[tokens]).squeeze(-2)
+
+    def drawn(self, logits: Tensor, purpose: int) -> Tensor:
+        """Tokens [...] drawn from softmax(logits [..., V])."""
+        if not self.top_k:
+            return draw_tokens(logits, self.random.exponential(purpose, logits.shape[-1]))
+        logits, tokens = logits.topk(self.top_k)
+        return tokens.gather(-1, draw_tokens(logits, self.random.exponential(purpose, self.top_k)).unsqueeze(-1)).squeeze(-1)
 
 
 class EulerSolver(Solver):
@@ -103,8 +114,8 @@ class MultistepSolver(Solver):
     That costs no order: D is the mean of all targets, whatever z, where the noise drowns them.
     """
 
-    def __init__(self, unit_embeddings: Tensor, random: PositionRandom):
-        super().__init__(unit_embeddings, random)
+    def __init__(self, unit_embeddings: Tensor, random: PositionRandom, top_k: int = 0):
+        super().__init__(unit_embeddings, random, top_k)
         self._previous: tuple[Tensor, float] | None = None
 
     def keep(self, rows: Tensor) -> None:
@@ -130,13 +141,13 @@ class AncestralSolver(Solver):
     targets have length one, so the tokens are off by a relative 1 / sigma_max^2 or so.)
     """
 
-    def __init__(self, unit_embeddings: Tensor, random: PositionRandom):
-        super().__init__(unit_embeddings, random)
+    def __init__(self, unit_embeddings: Tensor, random: PositionRandom, top_k: int = 0):
+        super().__init__(unit_embeddings, random, top_k)
         self._purpose = ITERATION
 
     def step(self, z: Tensor, logits: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """The token's random numbers are of an iteration's first purpose, the noise of its second."""
-        target = self.unit_embeddings[draw_tokens(logits, self.random.exponential(self._purpose, logits.shape[-1]))]
+        target = self.unit_embeddings[self.drawn(logits, self._purpose)]
         eps = self.random.normal(self._purpose + 1, z.shape[-1])
         self._purpose += 2
         return ancestral_step(z, target, eps, sigma, sigma_next)

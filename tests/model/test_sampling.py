@@ -61,7 +61,8 @@ def test_the_chains_logits_are_tempered_and_cut_to_top_p():
     [
         dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5),
         dict(min_p=-0.1), dict(min_p=1.1), dict(solver="heun"), dict(chain_temperature=-1), dict(chain_top_p=0), dict(chain_top_p=math.nan),
-        dict(exit="soon"), dict(exit_threshold=0.1), dict(exit_minimum=0), dict(caches=-1), dict(cache_order="random"),
+        dict(exit="soon"), dict(exit_threshold=0.1), dict(exit_minimum=0), dict(caches=-1), dict(chain_top_k=-1),
+        dict(cache_order="random"),
     ],
 )
 def test_impossible_sampling_is_refused(bad):

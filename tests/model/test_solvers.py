@@ -113,6 +113,22 @@ def test_a_solver_approaches_the_flow_that_scipy_finds_with_the_error_of_its_ord
     assert errors[-1] < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["euler", "multistep", "ancestral"])
+def test_the_likeliest_tokens_alone_are_those_of_logits_without_the_others(name):
+    targets, z, logits = Toy().targets, draw(50, 1, 4, seed=3), 2 * draw(50, 1, 6, seed=4)
+    cut = logits.masked_fill(logits < logits.sort(descending=True).values[..., 2:3], -torch.inf)
+    few, all_of_them = SOLVERS[name](targets, random(50, 1), 3), SOLVERS[name](targets, random(50, 1), 6)
+    for sigma in (4.0, 2.0):
+        one, other = few.step(z, logits, sigma, sigma / 2), all_of_them.step(z, cut, sigma, sigma / 2)
+        if name == "ancestral":  # the draws are others, as there are fewer numbers to draw by: the noise is the same
+            kept = 0.75 * targets[cut.isfinite().nonzero()[:, 2].view(50, 1, 3)] + 0.25 * z.unsqueeze(2)
+            noise = random(50, 1).normal(3 if sigma == 4 else 5, 4).unsqueeze(2) * math.sqrt(0.75) * sigma / 2
+            assert ((kept + noise - one.unsqueeze(2)).abs().amax(-1) < 1e-6).any(2).all()
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        z = one
+
+
 def test_multistep_is_nearer_to_the_flow_than_euler_on_the_levels_of_inference():
     """At a noise level that the chain of every K passes (the median), from the highest."""
     toy = Toy()
