@@ -49,20 +49,25 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
     model = recurrent.RecurrentDepthLM(recurrent.ModelConfig(**state["model"]))
     dtype = getattr(torch, state["precision"])
     load_weights(source, model.to(dtype))
+    config = exported_config(state)
     with output_folder(output, "config.json", overwrite) as folder:
-        for file in sorted(MODEL_FILES.glob("*.py")):
-            shutil.copyfile(file, folder / file.name)
-        write_weights(model.state_dict(), folder, shard_bytes)
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
-        config = exported_config(state)
-        for name, content in {"config.json": config, **_transformers_files(Tokenizer(folder))}.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_folder(folder, config, model, source / "tokenizer.model", shard_bytes)
         (folder / "README.md").write_text(_model_card(config, state))
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
         _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
     with_transformers = ", and so does its class for transformers" if transformers_5() else "; transformers 5 is not here to try its class"
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit{with_transformers}")
+
+
+def write_folder(folder: Path, config: dict, model: recurrent.RecurrentDepthLM, tokenizer: Path, shard_bytes: float = SHARD_BYTES) -> None:
+    """Write into an empty folder what a model needs to be loaded from there; config as `exported_config` gives it."""
+    for file in sorted(MODEL_FILES.glob("*.py")):
+        shutil.copyfile(file, folder / file.name)
+    write_weights(model.state_dict(), folder, shard_bytes)
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    for name, content in {"config.json": config, **_transformers_files(Tokenizer(folder))}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def newest_checkpoint(source: Path) -> Path:
@@ -189,5 +194,13 @@ Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} toke
 
     python FOLDER --prompt "Once" --max-new-tokens 100 --iterations {model['iterations']}
 
-needs torch, safetensors and sentencepiece; `python FOLDER --help` lists the settings.
+needs torch, safetensors and sentencepiece; `python FOLDER --help` lists the settings. With transformers 5:
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+    inputs = tokenizer("Once", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=100, num_iterations={model['iterations']}, seed=0)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 """

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import Cache
 
 from .cache import KeyValueCache
-from .chain import DenoisingChain, UnrolledChain
+from .chain import Chain
+from .decoding import make_cache, make_chain
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM
 from .sampling import Sampling
@@ -29,7 +30,7 @@ class RecurrentDepthCache(Cache):
     def __init__(self, capacity: int = 0):
         super().__init__(layers=[])
         self.capacity, self.iterations_used = capacity, None
-        self._chain: DenoisingChain | UnrolledChain | None = None
+        self._chain: Chain | None = None
 
     @property
     def started(self) -> bool:
@@ -46,17 +47,10 @@ class RecurrentDepthCache(Cache):
     @torch.no_grad()
     def _make(self, seeds: Tensor, padding: Tensor | None, capacity: int) -> None:
         model, sampling, iterations = self._model, self._sampling, self.iterations
-        denoising = model.config.noise_conditioning
-        codas = iterations if denoising and sampling.chain_readout == "coda" else 1
-        self._seeds, self.capacity, weight = seeds, capacity, model.embedding.weight
-        self._cache = KeyValueCache(
-            model.config, iterations, codas, len(seeds), capacity, weight, sampling.caches, sampling.cache_order
-        )
+        self._seeds, self.capacity = seeds, capacity
+        self._cache = make_cache(model, iterations, sampling, len(seeds), capacity, model.embedding.weight)
         self._cache.place.padding = padding
-        if denoising:
-            self._chain = DenoisingChain(model, self._noise, iterations, sampling, self._cache, TextRandom(seeds))
-        else:
-            self._chain = UnrolledChain(model, iterations, sampling, self._cache, TextRandom(seeds))
+        self._chain = make_chain(model, self._noise, iterations, sampling, self._cache, TextRandom(seeds))
 
     @torch.no_grad()
     def _remake(self, rows: Tensor | None, capacity: int) -> None:

@@ -1,7 +1,7 @@
 """The configuration of an exported model for Hugging Face transformers: what its config.json holds, checked.
 
-`AutoConfig.from_pretrained(FOLDER, trust_remote_code=True)` loads it. This file, modeling_rdtrain.py and tokenization_rdtrain.py are the
-only ones here that need transformers; nothing else imports them.
+`AutoConfig.from_pretrained(FOLDER, trust_remote_code=True)` loads it. This file, modeling_rdtrain.py,
+chain_cache.py and tokenization_rdtrain.py are the only ones here that need transformers; nothing else imports them.
 """
 
 from dataclasses import asdict, fields

@@ -133,8 +133,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: RecurrentDepthCache | None = None,
         labels: Tensor | None = None, use_cache: bool | None = None, num_iterations: int | None = None,
         seed: int | list[int] | None = None, solver: str | None = None, chain_temperature: float | None = None,
-        chain_top_p: float | None = None, chain_readout: str | None = None, exit: str | None = None, exit_threshold: float | None = None,
-        exit_minimum: int | None = None, caches: int | None = None, cache_order: str | None = None,
+        chain_top_p: float | None = None, chain_top_k: int | None = None, chain_readout: str | None = None, exit: str | None = None,
+        exit_threshold: float | None = None, exit_minimum: int | None = None, caches: int | None = None, cache_order: str | None = None,
         output_hidden_states: bool | None = None, output_iteration_logits: bool | None = None, logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None, return_dict: bool | None = None,
     ) -> RecurrentDepthOutput | tuple:
@@ -165,7 +165,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{sorted(given)[0]} is a setting of generation: use it with use_cache=True")
             output = self._score(input_ids, attention_mask, num_iterations, seed, logits_to_keep if labels is None else 0, wanted)
             if labels is not None:
-                output.loss = _mean_loss(output.logits, labels, num_items_in_batch)
+                output.loss = _mean_loss(output.logits, labels, attention_mask, num_items_in_batch)
                 output.logits = output.logits[:, -logits_to_keep:]
         return output.to_tuple() if return_dict is False else output
 
@@ -360,7 +360,11 @@ def _padding(mask: Tensor | None, length: int, scored: bool) -> Tensor | None:
     return widths if bool(widths.any()) else None
 
 
-def _mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
-    """Cross-entropy in nats of labels [B, T] from logits [B, T, V] of the positions before them, over those that are not -100."""
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-    return losses / ((labels[:, 1:] != -100).sum() if count is None else count)
+def _mean_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None) -> Tensor:
+    """Cross-entropy in nats of labels [B, T] from logits [B, T, V] of the positions before them, over those that are not -100.
+
+    A row's first token has none before it, whether the row begins with it or with padding.
+    """
+    targets = labels[:, 1:] if mask is None else labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return losses / ((targets != -100).sum() if count is None else count)
