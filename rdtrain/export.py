@@ -95,6 +95,7 @@ def exported_config(state: dict) -> dict:
         "noise": state["noise"],
         "information_curve": state["objective_state"].get("information_curve"),
         "objective": state["objective"],
+        "max_position_embeddings": state["config"]["data"]["sequence_length"],
         "dtype": state["precision"],
         "tokenizer_hash": state["tokenizer_hash"],
         "trained_steps": state["step"],

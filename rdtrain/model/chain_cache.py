@@ -40,13 +40,13 @@ class RecurrentDepthCache(Cache):
     def start(self, model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, sampling: Sampling, seeds: Tensor,
               padding: Tensor | None) -> None:
         """seeds: int64 [B]. padding: [B], columns at the left of each row that hold nothing. ValueError as `DenoisingChain` has it."""
-        self._model, self._noise, self.iterations, self._sampling = model, noise, iterations, sampling
+        self._model, self._noise, self.iterations, self.sampling = model, noise, iterations, sampling
         self._make(seeds, padding, max(self.capacity, SMALLEST))
 
     @torch.inference_mode(False)  # or what is made in inference mode could not be written to outside of it
     @torch.no_grad()
     def _make(self, seeds: Tensor, padding: Tensor | None, capacity: int) -> None:
-        model, sampling, iterations = self._model, self._sampling, self.iterations
+        model, sampling, iterations = self._model, self.sampling, self.iterations
         self._seeds, self.capacity = seeds, capacity
         self._cache = make_cache(model, iterations, sampling, len(seeds), capacity, model.embedding.weight)
         self._cache.place.padding = padding
@@ -66,10 +66,10 @@ class RecurrentDepthCache(Cache):
                 getattr(new, kind)[:, :, : before.length] = filled if rows is None else filled[rows]
         self._cache.place.move(before.length)
 
-    def check(self, iterations: int | None, sampling: Sampling, batch: int) -> None:
-        """ValueError when what is asked for is not what it was started with."""
-        if iterations not in (None, self.iterations) or sampling != self._sampling:
-            raise ValueError(f"the cache was started with {self.iterations} iterations and {self._sampling}: ask for the same, or leave "
+    def check(self, iterations: int | None, sampling: Sampling | None, batch: int) -> None:
+        """ValueError when what is asked for, where something is, is not what it was started with."""
+        if iterations not in (None, self.iterations) or sampling not in (None, self.sampling):
+            raise ValueError(f"the cache was started with {self.iterations} iterations and {self.sampling}: ask for the same, or leave "
                              "out past_key_values")
         if batch != len(self._seeds):
             raise ValueError(f"the cache holds {len(self._seeds)} sequences, and {batch} were given: start a new one")

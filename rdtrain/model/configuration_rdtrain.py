@@ -21,7 +21,8 @@ class RecurrentDepthConfig(PretrainedConfig):
     """What an exported model is.
 
     model: the fields of ModelConfig. noise: those of NoiseSettings. information_curve: the points of the curve that the noise levels of
-    some models are divided by, or None. The rest of config.json, which says how the model was trained, is kept as it is.
+    some models are divided by, or None. max_position_embeddings: tokens of a training sequence; longer texts are possible, and none was
+    seen. The rest of config.json, which says how the model was trained, is kept as it is.
     """
 
     model_type = "recurrent_depth"
@@ -37,6 +38,8 @@ class RecurrentDepthConfig(PretrainedConfig):
             if others.get("format", 1) != 1:
                 raise ValueError(f"its format is {others['format']}, and this code reads 1")
             self.model = asdict(ModelConfig(**model))
+            if self.model["noise_conditioning"] and not noise:
+                raise ValueError("it has no noise levels")
             self.noise, self.information_curve = noise or {}, information_curve
             self.noise_schedule().levels(ModelConfig(**model).iterations)
         except (TypeError, ValueError, AttributeError) as error:
@@ -63,6 +66,10 @@ class RecurrentDepthConfig(PretrainedConfig):
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.model["vocab_size"]
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.model["vocab_size"] = size
 
     @property
     def hidden_size(self) -> int:

@@ -108,18 +108,20 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """As transformers has it, with the names that RecurrentDepthLM gives its weights, and with all files of code that an export has."""
         state = self.state_dict() if state_dict is None else state_dict
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        super().save_pretrained(save_directory, *arguments, state_dict=state, **settings)
         # transformers takes along what this file imports; the folder that it was loaded from has the program as well.
-        origin = self.config.name_or_path if self.is_remote_code() else ""
+        origin, target = self.config.name_or_path if self.is_remote_code() else "", Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
         for file in Path(origin).glob("*.py") if origin else ():
-            if not (Path(save_directory) / file.name).exists():
-                shutil.copyfile(file, Path(save_directory) / file.name)
+            if not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
+        super().save_pretrained(save_directory, *arguments, state_dict=state, **settings)
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
         return self.model.embedding
 
     def set_input_embeddings(self, value: torch.nn.Embedding) -> None:
         self.model.embedding = value
+        self.model.config.vocab_size = value.num_embeddings
 
     def get_output_embeddings(self) -> None:
         """None: the head multiplies with the embedding's own weight."""
@@ -159,7 +161,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if chained:
             if labels is not None:
                 raise ValueError("labels are for a text that is scored, without a cache: leave out use_cache and past_key_values")
-            output = self._next(input_ids, attention_mask, past_key_values, num_iterations, seed, sampling, wanted)
+            output = self._next(input_ids, attention_mask, past_key_values, num_iterations, seed, sampling if given else None, wanted)
         else:
             if given:
                 raise ValueError(f"{sorted(given)[0]} is a setting of generation: use it with use_cache=True")
@@ -190,13 +192,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return row_seeds(seeds, len(ids)).to(ids.device)
 
     def _next(self, ids: Tensor, mask: Tensor | None, cache: RecurrentDepthCache | None, iterations: int | None,
-              seed: int | list[int] | None, sampling: Sampling, wanted: tuple[bool, bool]) -> RecurrentDepthOutput:
+              seed: int | list[int] | None, sampling: Sampling | None, wanted: tuple[bool, bool]) -> RecurrentDepthOutput:
         cache = RecurrentDepthCache() if cache is None else cache
         if not isinstance(cache, RecurrentDepthCache):
             raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
         if not cache.started:
             padding = _padding(mask, ids.shape[1], scored=False)
-            cache.start(self.model, self.noise, self._iterations(iterations), sampling, self._seeds(seed, ids), padding)
+            cache.start(self.model, self.noise, self._iterations(iterations), sampling or Sampling(), self._seeds(seed, ids), padding)
         else:
             cache.check(iterations, sampling, len(ids))
         states, logits = [], []
@@ -207,7 +209,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             if wanted[1] and read is not None:
                 logits.append(read)
 
-        if any(wanted) and sampling.exit != "never":
+        if any(wanted) and cache.sampling.exit != "never":
             raise ValueError("the iterations of rows that end apart cannot be given out together: leave out exit, or the outputs")
         if wanted[1] and not self.denoising:
             raise ValueError("an unrolled model reads out once for each token of a chain: ask for iteration_logits without a cache")
@@ -310,7 +312,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         estimate = model.expected_embedding(logits)
         return RecurrentDepthStep(state=euler_step(state, estimate, *levels[iteration : iteration + 2]), logits=logits, estimate=estimate)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *others) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int,
+                                      max_cache_length: int) -> None:
         """Called by `generate`: a cache with room for all that is to come, and a seed for each sequence.
 
         Where none is given, sampling draws seeds from torch's own generator and greedy search takes 0. Copies of one prompt, but for the
@@ -320,18 +323,17 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("this model generates with a cache of its own: leave use_cache and cache_implementation as they are")
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=generation_config.max_length)
+            model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
         else:
             cache._is_user_defined = True  # as transformers marks it
-        prompts = others[1] if len(others) > 1 else 1
         copies = 1 if generation_config.num_beams > 1 else generation_config.num_return_sequences
         beams, seed = generation_config.num_beams, model_kwargs.get("seed")
         if seed is None:
-            seed = torch.randint(2**62, (prompts,)).tolist() if generation_config.do_sample else 0
+            seed = torch.randint(2**62, (batch_size,)).tolist() if generation_config.do_sample else 0
         if not isinstance(seed, int | list):
             raise ValueError(f"seed must be a whole number or a list of them, and it is a {type(seed).__name__}")
-        seeds = [seed] * prompts if isinstance(seed, int) else seed
-        if len(seeds) == prompts:
+        seeds = [seed] * batch_size if isinstance(seed, int) else seed
+        if len(seeds) == batch_size:
             seeds = [one + copy for one in seeds for copy in range(copies) for _ in range(beams)]
         model_kwargs["seed"] = seeds
 
