@@ -32,11 +32,12 @@ def exported(request, tiny_config, tmp_path, rdtrain) -> Path:
     return tmp_path / "model"
 
 
-def alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def alone(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     """`python FOLDER ARGUMENTS` where `import rdtrain` fails, from another directory."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder), *arguments], cwd=folder.parent, env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", ALONE, str(folder), *arguments], cwd=folder.parent, env=environment, input=stdin, capture_output=True,
+        text=True,
     )
 
 
@@ -79,6 +80,20 @@ def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
         assert changed.returncode == 1 and "leave them out" in changed.stderr and "Traceback" not in changed.stderr
 
 
+@pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)
+def test_a_conversation_and_a_file_of_prompts_from_the_command_line(exported, tmp_path):
+    """Each writes what --prompt does."""
+    common = ("--max-new-tokens", "8", "--iterations", "3", "--seed", "5", "--exit", "argmax", "--caches", "2")
+    one = alone(exported, "--prompt", "The", *common)
+    assert one.returncode == 0 and " used), " in one.stderr and "MiB]" in one.stderr, one.stderr
+    talk = alone(exported, "--interactive", *common, stdin="The\n:quit\n")
+    assert talk.returncode == 0 and "The" + talk.stdout == one.stdout + "\n", talk.stderr
+    (tmp_path / "in").write_text('{"prompt": "The"}\n')
+    file = alone(exported, "--jsonl", str(tmp_path / "in"), str(tmp_path / "out"), *common)
+    line = json.loads((tmp_path / "out").read_text())
+    assert file.returncode == 0 and "The" + line["continuation"] == one.stdout and line["setting"]["caches"] == 2, file.stderr
+
+
 @pytest.mark.parametrize("partition", ["uniform", "equal_information"])
 def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, tmp_path, rdtrain, partition):
     """Past the step at which the information curve is first brought up to date, and with another sigma_data."""
@@ -106,6 +121,8 @@ def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported,
     assert result.returncode == 1 and "solver must be one of euler, " in result.stderr and "Traceback" not in result.stderr
     result = alone(exported, "--device", "nonsense")
     assert result.returncode == 1 and "there is no device nonsense here" in result.stderr and "Traceback" not in result.stderr
+    result = alone(exported, "--prompt", "A", "--interactive")
+    assert result.returncode == 1 and "exclude each other" in result.stderr and "Traceback" not in result.stderr
     refused(rdtrain("export", tmp_path / "run", "--output", exported), "exists already", "overwrite")
     refused(rdtrain("export", tmp_path, "--output", tmp_path / "other"), "holds no checkpoint")
     refused(rdtrain("generate", tmp_path / "run"), "not an exported model", "rdtrain export")
