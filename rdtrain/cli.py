@@ -361,7 +361,7 @@ def _add_generate(verbs) -> None:
         "`rdtrain generate FOLDER --help` lists them.",
     )
     parser.add_argument("folder", type=Path, help="an exported folder")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on: --prompt, --iterations, --temperature ...")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on: --prompt, --interactive, --jsonl IN OUT, --iterations ...")
 
 
 def _generate(arguments) -> int:

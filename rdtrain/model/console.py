@@ -5,6 +5,7 @@ settings needs a new one, and so one pass over the text so far.
 """
 
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 
 from .generation import TextGenerator
@@ -38,8 +39,8 @@ class Console:
         """Read lines from standard input until it ends; what goes wrong is said in one sentence, and the next line read."""
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 become what the tokenizer refuses in a sentence
         if sys.stdin.isatty():
-            import readline  # noqa: F401  # lines can be edited
-
+            with suppress(ImportError):
+                import readline  # noqa: F401  # lines can be edited
             print(HELP)
         while True:
             try:
@@ -74,6 +75,8 @@ class Console:
                 first = next(pieces, None)
         finally:
             print(flush=True)
+        if len(self.ids) - before - len(new) < self.max_new_tokens:
+            print("[the model ended the text here]", file=sys.stderr, flush=True)
 
     def command(self, line: str) -> None:
         """One line that starts with a colon. ValueError when there is no such command, or for a value that cannot be."""

@@ -23,7 +23,8 @@ def test_two_runs_are_measured_and_their_samples_scored_again_elsewhere(rdtrain,
     output = tmp_path / "report"
     judges = ("--teacher", gpt2, "--mauve-features", runs[1])
     result = rdtrain(
-        "evaluate", runs[0], tmp_path / "exported", "--shards", shards / "validation", "--output", output, *SMALL, *judges
+        "evaluate", runs[0], tmp_path / "exported", "--shards", shards / "validation", "--output", output, *SMALL, *judges,
+        "--exit", "entropy", "--exit-threshold", 9,  # more than ln V: only the prompt's pass runs all iterations
     )
     assert result.returncode == 0, result.stderr
     report, text = json.loads((output / "report.json").read_text()), (output / "report.md").read_text()
@@ -48,6 +49,12 @@ def test_two_runs_are_measured_and_their_samples_scored_again_elsewhere(rdtrain,
     assert settings == [(name, k, t) for name in ("blocks step 4", "exported") for k in (1, 3) for t in (1.0, 0.8)]
     for name in ("cross-entropy-against-sigma", "frontier", "quality-against-iterations"):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for one in report["texts"]:
+        used, k = one["iterations_used"], one["setting"]["iterations"]
+        counts = {int(count): tokens for count, tokens in used["histogram"].items()}
+        assert used["mean"] == pytest.approx(sum(count * tokens for count, tokens in counts.items()) / sum(counts.values()))
+        assert counts.keys() == {1, k} and (k == 1 or counts[k] == 8) and f"| {used['mean']:.2f} |" in text
+        assert one["cache_bytes_per_text"] == 2 * 11 * 32 * 4 * (1 + 2 * k + (k if one["model"] == "blocks step 4" else 1))
     files = [output / one["file"] for one in report["texts"]]
     assert all(len(file.read_text().splitlines()) == 8 for file in files)
     again = rdtrain("evaluate", "--samples", *files, "--output", tmp_path / "again", *judges)
