@@ -316,6 +316,11 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path)
             call()
         assert "\n" not in str(error.value)
 
+    shutil.copytree(unrolled[1], tmp_path / "a-file-less")
+    next((tmp_path / "a-file-less").glob("model-00002-*")).unlink()
+    with pytest.raises(ValueError, match="are not whole .*model-00002-"):
+        load(tmp_path / "a-file-less")
+
     def damaged(change) -> Path:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(denoiser[1], folder)
@@ -334,7 +339,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path)
     weights = "model.safetensors"
     for words, load_it, change in (
         ("are not those of its config.json, beginning with .*final_norm", load, without_a_weight),
-        ("are damaged", load, lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-500])),
+        ("are not whole", load, lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-500])),
         ("heads must be at least 1", AutoConfig.from_pretrained,
          lambda folder: settings(folder, model=asdict(denoiser[0].config) | {"heads": 0})),
         ("unknown setting wings", AutoConfig.from_pretrained, lambda folder: settings(folder, model={"wings": 2, "vocab_size": 8})),

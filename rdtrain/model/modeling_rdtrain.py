@@ -91,13 +91,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *arguments, output_loading_info: bool = False, **settings):
-        """As transformers has it. ValueError, in one sentence, for weights that are damaged, or not all of this model's."""
+        """As transformers has it. ValueError, in one sentence, for weights that are not whole, or not all of this model's."""
         try:
             model, found = super().from_pretrained(
                 pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings
             )
-        except SafetensorError as error:
-            raise ValueError(f"the weights in {pretrained_model_name_or_path} are damaged ({error}): export the model again") from None
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} are not whole ({error}): export the model again") from None
         wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
         if wrong:
             raise ValueError(f"the weights in {pretrained_model_name_or_path} are not those of its config.json, beginning with {wrong[0]}: "
