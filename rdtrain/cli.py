@@ -338,17 +338,20 @@ def _add_export(verbs) -> None:
     parser = _verb(
         verbs, "export", _export, "turn a checkpoint into a folder that generates text on its own",
         "The folder holds safetensors weights, config, tokenizer and the model's own source files; it needs torch, safetensors and "
-        "sentencepiece, and nothing of rdtrain.",
+        "sentencepiece, and nothing of rdtrain. transformers 5 loads it too (trust_remote_code=True).",
     )
     parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="how large a file of weights may become (default: 5)")
     _add_overwrite(parser)
 
 
 def _export(arguments) -> None:
     from .export import export
 
-    export(arguments.checkpoint, arguments.output, overwrite=arguments.overwrite)
+    if not arguments.shard_gigabytes > 0:
+        raise UserError(f"--shard-gigabytes must be positive, and it is {arguments.shard_gigabytes}: leave it out for 5")
+    export(arguments.checkpoint, arguments.output, arguments.overwrite, 1e9 * arguments.shard_gigabytes)
 
 
 def _add_generate(verbs) -> None:

@@ -1,23 +1,27 @@
 """From a checkpoint to a folder that generates text on its own.
 
     OUTPUT/
-      config.json         model, noise levels, information curve, dtype, tokenizer hash, training facts
-      model.safetensors   the weights
-      tokenizer.model     the tokenizer
-      *.py                rdtrain/model, byte for byte: `python OUTPUT --prompt TEXT` runs it
-      README.md           what it is and how it was trained
+      config.json              model, noise levels, information curve, dtype, tokenizer hash, training facts
+      generation_config.json   what transformers' `generate` does where it is told nothing else
+      model.safetensors        the weights, or several files and an index
+      tokenizer.model          the tokenizer
+      tokenizer_config.json    where transformers finds its class
+      *.py                     rdtrain/model, byte for byte: `python OUTPUT --prompt TEXT` runs it, and transformers 5 loads it
+      README.md                what it is and how it was trained
 
 The export is called done only when the folder's own code, loaded apart from rdtrain, has computed the same logits and tokens as the
-training model, bit for bit.
+training model, bit for bit, and, where transformers 5 is installed, so has its class for transformers.
 """
 
 import importlib.util
 import json
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .checkpoint import load_weights, read_state, refuse_damaged
 from .checkpoint_storage import checkpoint_folder, checkpoint_steps
@@ -25,15 +29,19 @@ from .data.output import output_folder
 from .errors import UserError
 from .model import generation, recurrent
 from .model.noise import NoiseSchedule
+from .model.tokenizer import Tokenizer
+from .model.weights import write_weights
 from .objectives import Objective, ObjectiveSettings, build_objective
 from .randomness import SampleRandom
 
 MODEL_FILES = Path(recurrent.__file__).parent
+SHARD_BYTES = 5e9
 
 
-def export(source: Path, output: Path, overwrite: bool = False) -> None:
+def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: float = SHARD_BYTES) -> None:
     """Export a checkpoint folder, or the newest checkpoint of a run folder.
 
+    shard_bytes: how large a file of weights may become before another is begun.
     Raises UserError when there is no checkpoint, when it is damaged, or when `output` exists and overwrite is not set.
     """
     source = newest_checkpoint(source)
@@ -41,18 +49,25 @@ def export(source: Path, output: Path, overwrite: bool = False) -> None:
     model = recurrent.RecurrentDepthLM(recurrent.ModelConfig(**state["model"]))
     dtype = getattr(torch, state["precision"])
     load_weights(source, model.to(dtype))
+    config = exported_config(state)
     with output_folder(output, "config.json", overwrite) as folder:
-        for file in sorted(MODEL_FILES.glob("*.py")):
-            shutil.copyfile(file, folder / file.name)
-        for name in ("model.safetensors", "tokenizer.model"):
-            shutil.copyfile(source / name, folder / name)
-        config = exported_config(state)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_folder(folder, config, model, source / "tokenizer.model", shard_bytes)
         (folder / "README.md").write_text(_model_card(config, state))
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
         _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
-    print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit")
+    with_transformers = ", and so does its class for transformers" if transformers_5() else "; transformers 5 is not here to try its class"
+    print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit{with_transformers}")
+
+
+def write_folder(folder: Path, config: dict, model: recurrent.RecurrentDepthLM, tokenizer: Path, shard_bytes: float = SHARD_BYTES) -> None:
+    """Write into an empty folder what a model needs to be loaded from there; config as `exported_config` gives it."""
+    for file in sorted(MODEL_FILES.glob("*.py")):
+        shutil.copyfile(file, folder / file.name)
+    write_weights(model.state_dict(), folder, shard_bytes)
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    for name, content in {"config.json": config, **_transformers_files(Tokenizer(folder))}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def newest_checkpoint(source: Path) -> Path:
@@ -70,15 +85,43 @@ def exported_config(state: dict) -> dict:
     """What config.json says of the model of a checkpoint with this state."""
     return {
         "format": 1,
+        "model_type": "recurrent_depth",
+        "architectures": ["RecurrentDepthForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_rdtrain.RecurrentDepthConfig",
+            "AutoModelForCausalLM": "modeling_rdtrain.RecurrentDepthForCausalLM",
+        },
         "model": state["model"],
         "noise": state["noise"],
         "information_curve": state["objective_state"].get("information_curve"),
         "objective": state["objective"],
+        "max_position_embeddings": state["config"]["data"]["sequence_length"],
         "dtype": state["precision"],
         "tokenizer_hash": state["tokenizer_hash"],
         "trained_steps": state["step"],
         "trained_tokens": state["step"] * state["tokens_per_step"],
     }
+
+
+def _transformers_files(tokenizer: Tokenizer) -> dict[str, dict]:
+    """The other files that transformers reads: name -> content."""
+    marks = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    return {
+        "generation_config.json": {**marks, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        "tokenizer_config.json": {
+            "tokenizer_class": "RecurrentDepthTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_rdtrain.RecurrentDepthTokenizer", None]},
+            "tokenizer_hash": tokenizer.hash,
+        },
+    }
+
+
+def transformers_5() -> bool:
+    """Whether transformers is installed, in the version that an export can be loaded with."""
+    try:
+        return version("transformers").split(".")[0] == "5"
+    except PackageNotFoundError:
+        return False
 
 
 def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedule, objective: Objective) -> None:
@@ -91,11 +134,31 @@ def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedul
     assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
     iterations = max(2, model.config.blocks)  # so that every block runs
     continuations = [
-        torch.stack(list(code.generate(one, ids, 4, iterations, levels, code.Sampling(0.0), seed=0)))
+        torch.stack(list(code.generate(one, ids, 4, iterations, levels, code.Sampling(0.0), seed=[0, 0])), dim=1)
         for code, one, levels in ((generation, model, noise), (theirs, exported.model, exported.noise))
     ]
     assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
+    if transformers_5():
+        continuation = _continued_by_transformers(folder, ids, iterations)
+        assert torch.equal(continuation, continuations[0]), f"the class for transformers in {folder} continues a prompt otherwise"
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
+def _continued_by_transformers(folder: Path, ids: Tensor, iterations: int) -> Tensor:
+    """Four tokens [B, 4] after ids [B, T], by the folder's class for transformers, greedily."""
+    from transformers.utils import logging
+
+    modeling = importlib.import_module("rdtrain_exported.modeling_rdtrain")  # `load_exported` has made the package
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model = modeling.RecurrentDepthForCausalLM.from_pretrained(folder)
+    if shown:
+        logging.enable_progress_bar()
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), min_new_tokens=4, max_new_tokens=4, do_sample=False, num_iterations=iterations, seed=0,
+        eos_token_id=None, pad_token_id=0,
+    )
+    return tokens[:, ids.shape[1] :]
 
 
 def load_exported(folder: Path):
@@ -132,5 +195,13 @@ Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} toke
 
     python FOLDER --prompt "Once" --max-new-tokens 100 --iterations {model['iterations']}
 
-needs torch, safetensors and sentencepiece; `python FOLDER --help` lists the settings.
+needs torch, safetensors and sentencepiece; `python FOLDER --help` lists the settings. With transformers 5:
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+    inputs = tokenizer("Once", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=100, num_iterations={model['iterations']}, seed=0)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 """

@@ -23,7 +23,7 @@ from ..objectives import Objective, ObjectiveSettings, build_objective
 class Source:
     """A trained model on disk.
 
-    name: what reports call it. folder: holds model.safetensors and tokenizer.model. config: what its config.json says, or would
+    name: what reports call it. folder: holds the weights and tokenizer.model. config: what its config.json says, or would
     say if it were exported.
     """
 
@@ -68,8 +68,8 @@ class Source:
             # A checkpoint is an export but for its config.json, so it is shown to the loader as one.
             view = Path(temporary)
             (view / "config.json").write_text(json.dumps(self.config))
-            for name in ("model.safetensors", "tokenizer.model"):
-                (view / name).symlink_to((self.folder / name).resolve())
+            for file in (*self.folder.glob("model*.safetensors*"), self.folder / "tokenizer.model"):
+                (view / file.name).symlink_to(file.resolve())
             try:
                 return TextGenerator.load(view, device)
             except (ValueError, OSError) as error:
@@ -96,7 +96,7 @@ def find_model(path: Path) -> Source:
         folder = newest_checkpoint(path)
         state = read_state(folder)
         source = Source(f"{state['name']} step {state['step']}", folder, exported_config(state))
-    if not (source.folder / "model.safetensors").exists():
+    if not any(source.folder.glob("model*.safetensors")):
         raise UserError(f"{source.folder} has no model.safetensors: export the model again, or use another checkpoint")
     try:
         ModelConfig(**source.config["model"])

@@ -11,6 +11,8 @@ a text's seed and the position, the same either way and in any batch. What does 
 constructor. Nothing here waits for the device, but for `exit`, which must ask it which rows go on.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,9 @@ class Chain:
     """What both kinds share. Call it with the prompt, then with each chosen token.
 
     random: of the last position, after a call. iterations_used: int64 [B] of the last call, or None where all K
-    ran: without an exit, and over more than one new position, which is the prompt.
+    ran: without an exit, and over more than one new position, which is the prompt. observe: called, where it is set, with the states of
+    a call: of a denoising model at each iteration the last position's, [B, 1, d], and the logits [B, 1, V] of that iteration; of another
+    the new positions' before the first iteration and after each, [B, n, d], and None.
     """
 
     def __init__(self, model: RecurrentDepthLM, iterations: int, sampling: Sampling, cache: KeyValueCache | None, random: TextRandom):
@@ -40,6 +44,7 @@ class Chain:
         self._length = 0
         self._shapes_priors = False
         self.random = self.iterations_used = None
+        self.observe: Callable[[Tensor, Tensor | None], None] | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
         """New tokens [B, n], the next token of the last one being sought -> logits [B, V]."""
@@ -124,6 +129,8 @@ class DenoisingChain(Chain):
                 model, state, e, self._levels[k], self._sigma_data, cache and cache.core[k], previous, block
             )
             logits, read = self._read(state, evidence, k, last)
+            if self.observe is not None:
+                self.observe(z, logits)
             if exits is not None:
                 gone = torch.ones_like(exits.rows, dtype=torch.bool) if last else exits.settled(logits[:, 0], k)
                 if gone.any():
@@ -186,6 +193,8 @@ class UnrolledChain(Chain):
         e = model.prelude(ids if cache is not None else self._ids, cache and cache.prelude)
         exits, slots = self._exits(ids), cache and cache.coda[0]
         for k in range(self.iterations):
+            if self.observe is not None:
+                self.observe(state, None)
             state = model.iterate(state, e, None, cache and cache.core[k])
             last = k + 1 == self.iterations
             if exits is None and not last:
@@ -201,6 +210,8 @@ class UnrolledChain(Chain):
                         break
                     cache.place.keep(exits.rows)
                     state, e = state[stay], e[stay]
+        if self.observe is not None:
+            self.observe(state, None)
         return self._end(exits, logits)
 
 

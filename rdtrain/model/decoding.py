@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import KeyValueCache
-from .chain import DenoisingChain, UnrolledChain
+from .chain import Chain, DenoisingChain, UnrolledChain
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM
 from .sampling import Sampling
@@ -42,12 +42,21 @@ class CapturedStep:
 def cache_bytes(model: RecurrentDepthLM, iterations: int, sampling: Sampling, capacity: int) -> int:
     """Bytes of the key-value cache of one row of so many positions."""
     like = torch.empty(0, dtype=model.embedding.weight.dtype, device="meta")
-    return _cache(model, iterations, sampling, 1, capacity, like).bytes
+    return make_cache(model, iterations, sampling, 1, capacity, like).bytes
 
 
-def _cache(model: RecurrentDepthLM, iterations: int, sampling: Sampling, batch: int, capacity: int, like: Tensor) -> KeyValueCache:
+def make_cache(model: RecurrentDepthLM, iterations: int, sampling: Sampling, batch: int, capacity: int, like: Tensor) -> KeyValueCache:
+    """An empty cache of so many rows and positions; `like` gives device and dtype."""
     coda_iterations = iterations if model.config.noise_conditioning and sampling.chain_readout == "coda" else 1
     return KeyValueCache(model.config, iterations, coda_iterations, batch, capacity, like, sampling.caches, sampling.cache_order)
+
+
+def make_chain(model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, sampling: Sampling, cache: KeyValueCache | None,
+               random: TextRandom) -> Chain:
+    """The chain of a model of either kind. ValueError for settings that it cannot run with."""
+    if model.config.noise_conditioning:
+        return DenoisingChain(model, noise, iterations, sampling, cache, random)
+    return UnrolledChain(model, iterations, sampling, cache, random)
 
 
 class Decoder:
@@ -69,17 +78,13 @@ class Decoder:
         device = model.embedding.weight.device
         self.model, self.sampling, self.batch, self.capacity, self.cache = model, sampling, batch, capacity, None
         if use_cache:
-            self.cache = _cache(model, iterations, sampling, batch, capacity, model.embedding.weight)
+            self.cache = make_cache(model, iterations, sampling, batch, capacity, model.embedding.weight)
         can_capture = use_cache and device.type == "cuda" and sampling.exit == "never"
         if capture and not can_capture:
             raise ValueError("a step can be captured on CUDA, with a cache and without an exit: leave capture out, or change these")
         self._capture = can_capture if capture is None else capture
         self._seeds = torch.zeros(batch, dtype=torch.long, device=device)
-        random = TextRandom(self._seeds)
-        if model.config.noise_conditioning:
-            self._chain = DenoisingChain(model, noise, iterations, sampling, self.cache, random)
-        else:
-            self._chain = UnrolledChain(model, iterations, sampling, self.cache, random)
+        self._chain = make_chain(model, noise, iterations, sampling, self.cache, TextRandom(self._seeds))
         self._steps: dict[int, CapturedStep] = {}
         self._ids = torch.zeros(batch, 1, dtype=torch.long, device=device)  # what a captured step reads
         self._chosen = torch.zeros(batch, dtype=torch.long, device=device)  # and writes

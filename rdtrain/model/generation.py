@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .decoding import Decoder
@@ -19,6 +18,7 @@ from .noise import NoiseSchedule
 from .recurrent import ModelConfig, RecurrentDepthLM
 from .sampling import Sampling
 from .tokenizer import Tokenizer
+from .weights import read_weights
 
 
 def generate(model: RecurrentDepthLM, ids: Tensor, max_new_tokens: int, iterations: int, noise: NoiseSchedule, sampling: Sampling,
@@ -43,7 +43,7 @@ class TextGenerator:
 
     @classmethod
     def load(cls, folder: Path, device: str | None = None) -> "TextGenerator":
-        """Read config.json, model.safetensors and tokenizer.model onto a device (CUDA where there is one).
+        """Read config.json, the weights and tokenizer.model onto a device (CUDA where there is one).
 
         ValueError, in one sentence, when a file is missing or damaged or there is no such device.
         """
@@ -55,7 +55,7 @@ class TextGenerator:
         try:
             config = json.loads((folder / "config.json").read_text())
             model = RecurrentDepthLM(ModelConfig(**config["model"]))
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            model.load_state_dict(read_weights(folder))
             noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
             dtype = getattr(torch, config["dtype"])
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:

@@ -1,0 +1,121 @@
+"""What transformers' `generate` hands from token to token for this model: a chain, with its key-value cache and its noise.
+
+It grows where it was not made large enough, goes back (`crop`), and takes other rows (beams). Its positions are those of all rows,
+padding among them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .cache import KeyValueCache
+from .chain import Chain
+from .decoding import make_cache, make_chain
+from .noise import NoiseSchedule
+from .recurrent import RecurrentDepthLM
+from .sampling import Sampling
+from .text_random import TextRandom
+
+SMALLEST = 64  # positions that there is room for at least
+
+
+class RecurrentDepthCache(Cache):
+    """Keys and values of each (iteration, layer). capacity: positions that there will be, where that is known."""
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, capacity: int = 0):
+        super().__init__(layers=[])
+        self.capacity, self.iterations_used = capacity, None
+        self._chain: Chain | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether it belongs to a model and a batch."""
+        return self._chain is not None
+
+    def start(self, model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, sampling: Sampling, seeds: Tensor,
+              padding: Tensor | None) -> None:
+        """seeds: int64 [B]. padding: [B], columns at the left of each row that hold nothing. ValueError as `DenoisingChain` has it."""
+        self._model, self._noise, self.iterations, self.sampling = model, noise, iterations, sampling
+        self._make(seeds, padding, max(self.capacity, SMALLEST))
+
+    @torch.inference_mode(False)  # or what is made in inference mode could not be written to outside of it
+    @torch.no_grad()
+    def _make(self, seeds: Tensor, padding: Tensor | None, capacity: int) -> None:
+        model, sampling, iterations = self._model, self.sampling, self.iterations
+        self._seeds, self.capacity = seeds, capacity
+        self._cache = make_cache(model, iterations, sampling, len(seeds), capacity, model.embedding.weight)
+        self._cache.place.padding = padding
+        self._chain = make_chain(model, self._noise, iterations, sampling, self._cache, TextRandom(seeds))
+
+    @torch.no_grad()
+    def _remake(self, rows: Tensor | None, capacity: int) -> None:
+        """The same with other rows [B'] of it, or all, and another capacity."""
+        before = self._cache
+        padding, seeds = before.place.padding, self._seeds
+        if rows is not None:
+            padding, seeds = None if padding is None else padding[rows], seeds[rows]
+        self._make(seeds, padding, capacity)
+        for old, new in zip(_slots(before), _slots(self._cache)):
+            for kind in ("keys", "values"):
+                filled = getattr(old, kind)[:, :, : before.length]
+                getattr(new, kind)[:, :, : before.length] = filled if rows is None else filled[rows]
+        self._cache.place.move(before.length)
+
+    def check(self, iterations: int | None, sampling: Sampling | None, batch: int) -> None:
+        """ValueError when what is asked for, where something is, is not what it was started with."""
+        if iterations not in (None, self.iterations) or sampling not in (None, self.sampling):
+            raise ValueError(f"the cache was started with {self.iterations} iterations and {self.sampling}: ask for the same, or leave "
+                             "out past_key_values")
+        if batch != len(self._seeds):
+            raise ValueError(f"the cache holds {len(self._seeds)} sequences, and {batch} were given: start a new one")
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, observe: Callable[[Tensor, Tensor | None], None] | None) -> Tensor:
+        """New tokens [B, n] -> logits [B, V] of the one after them, without gradient; observe: see `Chain`."""
+        needed = self._cache.length + ids.shape[1]
+        if needed > self.capacity:
+            self._remake(None, max(needed, 2 * self.capacity))
+        self._chain.observe = observe
+        logits = self._chain(ids)
+        self._chain.observe, self.iterations_used = None, self._chain.iterations_used
+        return logits
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that are filled, padding among them."""
+        return self._cache.length if self.started else 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: it grows."""
+        return -1
+
+    @property
+    def bytes(self) -> int:
+        """Of its keys and values."""
+        return self._cache.bytes if self.started else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last so many positions of all rows. ValueError when there are not as many."""
+        self._cache.truncate(self.get_seq_length() - tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put these rows [B] in the place of the ones that there are."""
+        self._remake(beam_idx.to(self._seeds.device), self.capacity)
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times, one copy after another."""
+        self._remake(torch.arange(len(self._seeds), device=self._seeds.device).repeat_interleave(repeats), self.capacity)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._chain = None
+
+
+def _slots(cache: KeyValueCache) -> list:
+    return [slot for layers in (cache.prelude, *cache.core, *cache.coda) for slot in layers]

@@ -1,0 +1,92 @@
+"""The configuration of an exported model for Hugging Face transformers: what its config.json holds, checked.
+
+`AutoConfig.from_pretrained(FOLDER, trust_remote_code=True)` loads it. This file, modeling_rdtrain.py,
+chain_cache.py and tokenization_rdtrain.py are the only ones here that need transformers; nothing else imports them.
+"""
+
+from dataclasses import asdict, fields
+
+import transformers
+
+if transformers.__version__.split(".")[0] != "5":
+    raise ImportError(f"this model needs transformers 5, and {transformers.__version__} is installed: pip install 'transformers>=5,<6'")
+
+from transformers import PretrainedConfig
+
+from .noise import NoiseSchedule
+from .recurrent import ModelConfig
+
+
+class RecurrentDepthConfig(PretrainedConfig):
+    """What an exported model is.
+
+    model: the fields of ModelConfig. noise: those of NoiseSettings. information_curve: the points of the curve that the noise levels of
+    some models are divided by, or None. max_position_embeddings: tokens of a training sequence; longer texts are possible, and none was
+    seen. The rest of config.json, which says how the model was trained, is kept as it is.
+    """
+
+    model_type = "recurrent_depth"
+    has_no_defaults_at_init = True
+
+    def __init__(self, model: dict | None = None, noise: dict | None = None, information_curve: list[float] | None = None, **others):
+        """ValueError, in one sentence, for values that make no model, or those of another version of this code."""
+        model = {"vocab_size": 1} if model is None else model
+        try:
+            unknown = set(model) - {field.name for field in fields(ModelConfig)}
+            if unknown:
+                raise ValueError(f"unknown setting {sorted(unknown)[0]} of the model")
+            if others.get("format", 1) != 1:
+                raise ValueError(f"its format is {others['format']}, and this code reads 1")
+            self.model = asdict(ModelConfig(**model))
+            if self.model["noise_conditioning"] and not noise:
+                raise ValueError("it has no noise levels")
+            self.noise, self.information_curve = noise or {}, information_curve
+            self.noise_schedule().levels(ModelConfig(**model).iterations)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"config.json does not describe a model of this code ({error}): export it again") from None
+        # Sizes by the names that transformers knows are read from `model`, and not stored a second time.
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
+            others.pop(name, None)
+        super().__init__(**others)
+
+    def model_config(self) -> ModelConfig:
+        """Of the model inside."""
+        return ModelConfig(**self.model)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """Its noise levels, which a model that is not a denoiser does not use."""
+        return NoiseSchedule.from_plain(self.noise, self.information_curve)
+
+    @property
+    def num_iterations(self) -> int:
+        """K, as it was trained: what generation runs where it is told nothing else."""
+        return self.model["iterations"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.model["vocab_size"]
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.model["vocab_size"] = size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.model["width"]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the gated MLP."""
+        return self.model["mlp_width"]
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Attention heads."""
+        return self.model["heads"]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers that have weights: those of the core count once, however often it is iterated, and once a block."""
+        return self.model["prelude_layers"] + self.model["blocks"] * self.model["core_layers"] + self.model["coda_layers"]

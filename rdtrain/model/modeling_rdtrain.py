@@ -1,0 +1,372 @@
+"""The exported model for Hugging Face transformers: RecurrentDepthLM and its K-iteration chain behind `generate` and `forward`.
+
+`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` loads it. The model, the chain, its solvers and its cache are those
+of the files beside this one. `forward` answers two questions:
+
+- without a cache, how likely a text is: logits of all positions in one pass from pure noise (K iterations of an unrolled model), which
+  are honest next-token distributions, and with labels their mean cross-entropy;
+- with one (`use_cache=True` or `past_key_values`), what comes next: the last of K iterations' logits for the last position alone, from
+  which `generate` draws with whatever samplers it is given.
+
+All noise is a function of a sequence's seed and its own positions: a padded batch gives what each prompt alone gives.
+"""
+
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .cache import CachePlace
+from .chain_cache import RecurrentDepthCache
+from .configuration_rdtrain import RecurrentDepthConfig
+from .denoiser import denoise_state
+from .recurrent import RecurrentDepthLM, initial_state
+from .sampling import Sampling
+from .solvers import euler_step
+from .text_random import STATE, PositionRandom, TextRandom, row_seeds
+
+
+@dataclass
+class RecurrentDepthOutput(ModelOutput):
+    """What `forward` returns.
+
+    loss: mean cross-entropy in nats, where labels were given. logits: [B, T, V] without a cache, [B, 1, V] with one. past_key_values: the
+    cache. hidden_states: K + 1 latents, the state before the first iteration and after each, [B, T, d] without a cache and for an unrolled
+    model, [B, 1, d] of the last position in a denoiser's chain (whose last one is the expected embedding). iteration_logits: K tensors, as
+    logits, the last being those. iterations_used: int64 [B], where `exit` is set.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: RecurrentDepthCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    iteration_logits: tuple[Tensor, ...] | None = None
+    iterations_used: Tensor | None = None
+
+
+@dataclass
+class RecurrentDepthStep(ModelOutput):
+    """One iteration by hand: the state after it [B, T, d], its logits [B, T, V], and the expected embedding under them [B, T, d]."""
+
+    state: Tensor | None = None
+    logits: Tensor | None = None
+    estimate: Tensor | None = None
+
+
+class UncachedSlot:
+    """Stands where a layer expects a slot of a cache, and keeps nothing: through it the layers learn of padding."""
+
+    def __init__(self, place: CachePlace):
+        self.place = place
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The new ones alone."""
+        return keys, values
+
+
+class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
+    """A recurrent-depth language model, trained as denoising blocks, by backpropagation through time or in one pass."""
+
+    config_class = RecurrentDepthConfig
+    base_model_prefix = "model"  # files hold the names of RecurrentDepthLM, which is `self.model`
+    main_input_name = "input_ids"
+    _no_split_modules = ["RecurrentDepthLM"]
+    _supports_sdpa = True
+    _is_stateful = True  # its cache cannot check the tokens that another model proposes
+
+    def __init__(self, config: RecurrentDepthConfig):
+        super().__init__(config)
+        self.model = RecurrentDepthLM(config.model_config())
+        self.noise = config.noise_schedule()
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: RecurrentDepthLM has initialised itself, and weights that are missing in a file are refused."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *arguments, output_loading_info: bool = False, **settings):
+        """As transformers has it. ValueError, in one sentence, for weights that are not whole, or not all of this model's."""
+        try:
+            model, found = super().from_pretrained(
+                pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings
+            )
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} are not whole ({error}): export the model again") from None
+        wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
+        if wrong:
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} are not those of its config.json, beginning with {wrong[0]}: "
+                             "export the model again")
+        return (model, found) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *arguments, state_dict: dict[str, Tensor] | None = None, **settings):
+        """As transformers has it, with the names that RecurrentDepthLM gives its weights, and with all files of code that an export has."""
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        # transformers takes along what this file imports; the folder that it was loaded from has the program as well.
+        origin, target = self.config.name_or_path if self.is_remote_code() else "", Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in Path(origin).glob("*.py") if origin else ():
+            if not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
+        super().save_pretrained(save_directory, *arguments, state_dict=state, **settings)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: torch.nn.Embedding) -> None:
+        self.model.embedding = value
+        self.model.config.vocab_size = value.num_embeddings
+
+    def get_output_embeddings(self) -> None:
+        """None: the head multiplies with the embedding's own weight."""
+
+    @property
+    def denoising(self) -> bool:
+        """Whether its iterations are denoising blocks; unrolled ones otherwise."""
+        return self.model.config.noise_conditioning
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: RecurrentDepthCache | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, num_iterations: int | None = None,
+        seed: int | list[int] | None = None, solver: str | None = None, chain_temperature: float | None = None,
+        chain_top_p: float | None = None, chain_top_k: int | None = None, chain_readout: str | None = None, exit: str | None = None,
+        exit_threshold: float | None = None, exit_minimum: int | None = None, caches: int | None = None, cache_order: str | None = None,
+        output_hidden_states: bool | None = None, output_iteration_logits: bool | None = None, logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None, return_dict: bool | None = None,
+    ) -> RecurrentDepthOutput | tuple:
+        """input_ids [B, T] -> logits; see the top of this file for what they are with and without a cache.
+
+        attention_mask: [B, T] and, with a cache, [B, past + T]; 0 at the left is padding, and at the right of a text that is scored.
+        labels: as input_ids, -100 where a token does not count; each is predicted from those before it. num_iterations: K, as trained where
+        None. seed: of the noise: one for all sequences (0 where None) or one for each; a cache keeps that which it was started with.
+        solver ... cache_order: the chain's, as in `Sampling`. logits_to_keep: the last so many positions, or all where 0, of a text that is
+        scored. num_items_in_batch: what the sum of cross-entropies is divided by; the number of labels where None.
+        ValueError, in one sentence, for token ids out of range, no tokens, and settings that do not go together.
+        """
+        self._check_ids(input_ids)
+        given = {name: value for name, value in locals().items() if name in CHAIN_SETTINGS and value is not None}
+        sampling = Sampling(**given)
+        if sampling.changes_the_chain and not self.denoising:
+            raise ValueError("solver and chain_* are settings of a denoising model, and this one is not: leave them out")
+        chained = past_key_values is not None or bool(use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        wanted = bool(output_hidden_states), bool(output_iteration_logits)
+        if chained:
+            if labels is not None:
+                raise ValueError("labels are for a text that is scored, without a cache: leave out use_cache and past_key_values")
+            output = self._next(input_ids, attention_mask, past_key_values, num_iterations, seed, sampling if given else None, wanted)
+        else:
+            if given:
+                raise ValueError(f"{sorted(given)[0]} is a setting of generation: use it with use_cache=True")
+            output = self._score(input_ids, attention_mask, num_iterations, seed, logits_to_keep if labels is None else 0, wanted)
+            if labels is not None:
+                output.loss = _mean_loss(output.logits, labels, attention_mask, num_items_in_batch)
+                output.logits = output.logits[:, -logits_to_keep:]
+        return output.to_tuple() if return_dict is False else output
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.ndim != 2 or ids.shape[1] < 1:
+            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, and they are {list(ids.shape)}: begin with bos")
+        if torch.compiler.is_compiling() or ids.shape[1] == 1 and ids.is_cuda:  # a token that was just generated: asking would wait
+            return
+        low, high = ids.min().item(), ids.max().item()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}: encode with "
+                             "its own tokenizer")
+
+    def _iterations(self, asked: int | None) -> int:
+        if asked is not None and asked < 1:
+            raise ValueError(f"num_iterations must be at least 1, and it is {asked}")
+        return asked or self.config.num_iterations
+
+    def _seeds(self, seed: int | list[int] | None, ids: Tensor) -> Tensor:
+        seed = 0 if seed is None else seed
+        seeds = [seed] * len(ids) if isinstance(seed, int) else [int(one) for one in seed]
+        return row_seeds(seeds, len(ids)).to(ids.device)
+
+    def _next(self, ids: Tensor, mask: Tensor | None, cache: RecurrentDepthCache | None, iterations: int | None,
+              seed: int | list[int] | None, sampling: Sampling | None, wanted: tuple[bool, bool]) -> RecurrentDepthOutput:
+        cache = RecurrentDepthCache() if cache is None else cache
+        if not isinstance(cache, RecurrentDepthCache):
+            raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
+        if not cache.started:
+            padding = _padding(mask, ids.shape[1], scored=False)
+            cache.start(self.model, self.noise, self._iterations(iterations), sampling or Sampling(), self._seeds(seed, ids), padding)
+        else:
+            cache.check(iterations, sampling, len(ids))
+        states, logits = [], []
+
+        def observe(state: Tensor, read: Tensor | None) -> None:
+            if wanted[0]:
+                states.append(state)
+            if wanted[1] and read is not None:
+                logits.append(read)
+
+        if any(wanted) and cache.sampling.exit != "never":
+            raise ValueError("the iterations of rows that end apart cannot be given out together: leave out exit, or the outputs")
+        if wanted[1] and not self.denoising:
+            raise ValueError("an unrolled model reads out once for each token of a chain: ask for iteration_logits without a cache")
+        last = cache.logits(ids, observe if any(wanted) else None)
+        if wanted[0] and self.denoising:
+            states.append(last.float().softmax(-1).unsqueeze(1) @ self.model.unit_embeddings())
+        return RecurrentDepthOutput(
+            logits=last.unsqueeze(1), past_key_values=cache, hidden_states=tuple(states) if wanted[0] else None,
+            iteration_logits=tuple(logits) if wanted[1] else None, iterations_used=cache.iterations_used,
+        )
+
+    def _score(self, ids: Tensor, mask: Tensor | None, iterations: int | None, seed: int | list[int] | None, keep: int,
+               wanted: tuple[bool, bool]) -> RecurrentDepthOutput:
+        if self.denoising and iterations not in (None, 1):
+            raise ValueError("a denoising model scores a text in one pass from pure noise, and its further iterations are for generation: "
+                             "leave num_iterations out, or set use_cache=True")
+        iterations = 1 if self.denoising else self._iterations(iterations)
+        model, (slots, random) = self.model, self._uncached(ids, mask, seed)
+        prelude, core, coda = (slots and slots * n for n in
+                               (model.config.prelude_layers, model.config.core_layers, model.config.coda_layers))
+        e = model.prelude(ids, prelude)
+        state, conditioning, evidence = self._initial(random, e), None, None
+        states, logits = [state], []
+        for k in range(iterations):
+            if self.denoising:
+                sigma = torch.full((1, 1), self.noise.levels(1)[0], device=ids.device)
+                state, conditioning, evidence = denoise_state(model, state, e, sigma, self._sigma_data, core)
+            else:
+                state = model.iterate(state, e, None, core)
+            states.append(state)
+            if wanted[1] or k + 1 == iterations:
+                hidden = model.coda(state, conditioning, coda)[:, -keep:]
+                logits.append(model.head(hidden, evidence if evidence is None else evidence[:, -keep:]))
+        return RecurrentDepthOutput(
+            logits=logits[-1], hidden_states=tuple(states) if wanted[0] else None, iteration_logits=tuple(logits) if wanted[1] else None
+        )
+
+    @property
+    def _sigma_data(self) -> float:
+        return self.noise.sigma_data(self.model.config.width)
+
+    def _uncached(self, ids: Tensor, mask: Tensor | None, seed: int | list[int] | None) -> tuple[list | None, PositionRandom]:
+        """A slot that knows of padding, in a list, or None where there is none; and the positions' random numbers."""
+        padding, slots = _padding(mask, ids.shape[1], scored=True), None
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        if padding is not None:
+            place = CachePlace(ids.shape[1], ids.device)
+            place.padding = padding
+            place.begin(self.model.rotary, ids.shape[1])
+            positions, slots = place.positions, [UncachedSlot(place)]
+        return slots, TextRandom(self._seeds(seed, ids)).at(positions.expand(ids.shape))
+
+    def _initial(self, random: PositionRandom, e: Tensor) -> Tensor:
+        if self.denoising:
+            return self.noise.levels(1)[0] * random.normal(STATE, self.config.hidden_size)
+        if self.model.config.initial_state == "zero":
+            return torch.zeros_like(e)
+        return initial_state(random.uniform(STATE, self.config.hidden_size))
+
+    def embed_inputs(self, input_ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
+        self._check_ids(input_ids)
+        return self.model.prelude(input_ids)
+
+    def initial_state(self, input_ids: Tensor, seed: int | list[int] | None = None) -> Tensor:
+        """The states [B, T, d] that positions start from: pure noise at sigma_max, or an unrolled model's random state or zeros."""
+        _, random = self._uncached(input_ids, None, seed)
+        return self._initial(random, torch.zeros(*input_ids.shape, self.config.hidden_size, device=input_ids.device))
+
+    def with_known_targets(self, state: Tensor, input_ids: Tensor, iteration: int, num_iterations: int | None = None,
+                           seed: int | list[int] | None = None) -> Tensor:
+        """States [B, T, d] for an iteration, from 0, of so many: of all positions but the last their next tokens', noised to its level.
+
+        Of a denoising model.
+        """
+        _, random = self._uncached(input_ids, None, seed)
+        sigma = self.noise.levels(self._iterations(num_iterations))[iteration]
+        known = self.model.unit_embedding(input_ids[:, 1:]) + sigma * random.normal(STATE, self.config.hidden_size)[:, :-1]
+        return torch.cat((known, state[:, -1:]), dim=1)
+
+    def iterate_one_step(self, state: Tensor, e: Tensor, iteration: int, num_iterations: int | None = None,
+                         previous: Tensor | None = None) -> RecurrentDepthStep:
+        """One iteration, from 0, of so many, by hand, on all positions: states and e [B, T, d].
+
+        A denoising model takes Euler's step to the next iteration's level. previous: the estimate of the iteration before, for a
+        model with self-conditioning. ValueError for an iteration that there is not.
+        """
+        iterations, model = self._iterations(num_iterations), self.model
+        if not 0 <= iteration < iterations:
+            raise ValueError(f"iteration must be one of 0 to {iterations - 1}, and it is {iteration}")
+        if not self.denoising:
+            state = model.iterate(state, e)
+            logits = model.readout(state)
+            return RecurrentDepthStep(state=state, logits=logits, estimate=model.expected_embedding(logits))
+        levels = self.noise.levels(iterations)
+        sigma = torch.full((1, 1), levels[iteration], device=state.device)
+        block = model.config.block_of(iteration, iterations)
+        hidden, conditioning, evidence = denoise_state(model, state, e, sigma, self._sigma_data, None, previous, block)
+        logits = model.readout(hidden, conditioning, None, evidence)
+        estimate = model.expected_embedding(logits)
+        return RecurrentDepthStep(state=euler_step(state, estimate, *levels[iteration : iteration + 2]), logits=logits, estimate=estimate)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int,
+                                      max_cache_length: int) -> None:
+        """Called by `generate`: a cache with room for all that is to come, and a seed for each sequence.
+
+        Where none is given, sampling draws seeds from torch's own generator and greedy search takes 0. Copies of one prompt, but for the
+        beams of a search, count on from its seed: they would all be the same text.
+        """
+        if generation_config.use_cache is False or generation_config.cache_implementation is not None:
+            raise ValueError("this model generates with a cache of its own: leave use_cache and cache_implementation as they are")
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
+        else:
+            cache._is_user_defined = True  # as transformers marks it
+        copies = 1 if generation_config.num_beams > 1 else generation_config.num_return_sequences
+        beams, seed = generation_config.num_beams, model_kwargs.get("seed")
+        if seed is None:
+            seed = torch.randint(2**62, (batch_size,)).tolist() if generation_config.do_sample else 0
+        if not isinstance(seed, int | list):
+            raise ValueError(f"seed must be a whole number or a list of them, and it is a {type(seed).__name__}")
+        seeds = [seed] * batch_size if isinstance(seed, int) else seed
+        if len(seeds) == batch_size:
+            seeds = [one + copy for one in seeds for copy in range(copies) for _ in range(beams)]
+        model_kwargs["seed"] = seeds
+
+
+CHAIN_SETTINGS = {field.name for field in fields(Sampling)} - {"temperature", "top_k", "top_p", "min_p"}
+"""What of a Sampling `forward` takes: the rest is done by transformers' samplers."""
+
+
+def _padding(mask: Tensor | None, length: int, scored: bool) -> Tensor | None:
+    """The columns [B] at the left of each row that are padding, None where there are none.
+
+    ValueError for a mask of another length, with holes or an empty row, and, but for a text that is scored, padding at the right.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[1] != length:
+        raise ValueError(f"attention_mask must be [batch, {length}], and it is {list(mask.shape)}")
+    shown = mask.bool()
+    if bool(shown.all()):
+        return None
+    widths = (shown.cumsum(1) == 0).sum(1)
+    column = torch.arange(length, device=mask.device)
+    stop = widths + shown.sum(1) if scored else torch.full_like(widths, length)
+    if not bool((shown == ((column >= widths.unsqueeze(1)) & (column < stop.unsqueeze(1)))).all()) or int(widths.max()) == length:
+        raise ValueError("attention_mask must hide columns at the left of a row alone, and not all of them: set padding_side='left'")
+    return widths if bool(widths.any()) else None
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None) -> Tensor:
+    """Cross-entropy in nats of labels [B, T] from logits [B, T, V] of the positions before them, over those that are not -100.
+
+    A row's first token has none before it, whether the row begins with it or with padding.
+    """
+    targets = labels[:, 1:] if mask is None else labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return losses / ((targets != -100).sum() if count is None else count)

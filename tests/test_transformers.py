@@ -1,0 +1,360 @@
+"""An export through Hugging Face transformers: what its classes compute is what the model computes, for tokens, batches and text."""
+
+import importlib.util
+import json
+import math
+import pickle
+import random
+import re
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from rdtrain.export import exported_config, write_folder
+from rdtrain.model.generation import Sampling, TextGenerator, generate
+from rdtrain.model.noise import NoiseSchedule, NoiseSettings
+from rdtrain.model.recurrent import RecurrentDepthLM
+from rdtrain.model.text_random import STATE, TextRandom
+from rdtrain.objectives import ObjectiveSettings
+
+PROJECT = Path(__file__).parent.parent
+NOISE = NoiseSchedule(NoiseSettings())
+GREEDY = {"do_sample": False, "max_new_tokens": 5, "num_iterations": 3, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def write(build_model, tokenizer, tmp_path_factory):
+    """A factory of exported folders of tiny models; returns (model, folder)."""
+
+    def make(denoising: bool = True, shard_bytes: float = 5e9, **changes) -> tuple[RecurrentDepthLM, Path]:
+        model = build_model(denoising, vocab_size=tokenizer.vocab_size, **changes).requires_grad_(False)
+        state = {
+            "model": asdict(model.config), "noise": asdict(NoiseSettings()), "objective": asdict(ObjectiveSettings()),
+            "objective_state": {}, "precision": "float32", "tokenizer_hash": tokenizer.hash, "step": 1, "tokens_per_step": 1,
+            "config": {"data": {"sequence_length": 16}},
+        }
+        folder = tmp_path_factory.mktemp("exported") / "model"
+        folder.mkdir()
+        write_folder(folder, exported_config(state), model, tokenizer.file, shard_bytes)
+        return model, folder
+
+    with pytest.MonkeyPatch.context() as patch:  # where transformers copies the code of a model to
+        modules = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
+        patch.setattr(sys, "path", [*sys.path, modules])
+        transformers.utils.logging.disable_progress_bar()
+        yield make
+
+
+def load(folder: Path, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings)
+
+
+@pytest.fixture(scope="module")
+def denoiser(write):
+    """(our model, its export's folder, the loaded class) of a denoising model with all that one can have."""
+    model, folder = write(posterior_readout=True, wiener_input=True, core_readout=True)
+    return model, folder, load(folder)
+
+
+@pytest.fixture(scope="module")
+def unrolled(write):
+    model, folder = write(False, shard_bytes=20_000)
+    return model, folder, load(folder)
+
+
+@pytest.fixture(params=["denoiser", "unrolled"])
+def both(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(denoiser):
+    return AutoTokenizer.from_pretrained(denoiser[1], trust_remote_code=True)
+
+
+PROMPTS = [[1, 14, 15, 92, 65, 35, 89], [1, 79, 32], [1, 38, 46, 26, 43]]
+
+
+def padded(rows=PROMPTS, pad=2):
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    return {"input_ids": ids, "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])}
+
+
+def test_every_row_of_a_padded_batch_is_what_our_own_generation_of_its_prompt_alone_gives(both):
+    """Tokens and logits; rows in another order have their own noise still; the seed matters."""
+    ours, _, model = both
+    settings = {**GREEDY, "seed": [5, 6, 7], "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**padded(), **settings)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, settings["seed"])):
+        alone = torch.cat(list(generate(ours, torch.tensor([prompt]), 5, 3, NOISE, Sampling(0.0), seed)))
+        assert torch.equal(out.sequences[row, -5:], alone)
+        single = model.generate(torch.tensor([prompt]), **settings | {"seed": seed})
+        for together, apart in zip(out.logits, single.logits):
+            torch.testing.assert_close(together[row], apart[0], rtol=1e-4, atol=1e-4)
+    other = model.generate(**padded(PROMPTS[::-1]), **settings | {"seed": [7, 6, 5]})
+    assert torch.equal(other.sequences[:, -5:], out.sequences[:, -5:].flip(0))
+    reseeded = model.generate(**padded(), **settings | {"seed": 8})
+    assert (reseeded.logits[0] - out.logits[0]).abs().max() > 0.01
+
+
+def test_settings_of_the_chain_reach_it_and_rows_with_an_exit_are_as_ours(denoiser):
+    ours, _, model = denoiser
+    chain = {"solver": "ancestral", "chain_temperature": 0.7, "chain_top_p": 0.9, "chain_readout": "core", "exit": "argmax",
+             "exit_threshold": 2.0, "exit_minimum": 2, "caches": 2, "cache_order": "cyclic", "chain_top_k": 5}
+    given = set(chain) | {"temperature", "top_k", "top_p", "min_p"}
+    assert given == set(asdict(Sampling())), "forward must take every setting of a Sampling but those of the last draw"
+    tokens = model.generate(torch.tensor(PROMPTS[:1]), **GREEDY | {"num_iterations": 6}, seed=4, **chain)[0, -5:]
+    assert torch.equal(tokens, torch.cat(list(generate(ours, torch.tensor(PROMPTS[:1]), 5, 6, NOISE, Sampling(0.0, **chain), 4))))
+
+
+def test_copies_of_a_prompt_have_noise_of_their_own_and_beams_have_not(denoiser):
+    model = denoiser[2]
+    torch.manual_seed(0)
+    many = model.generate(**padded(), max_new_tokens=3, num_iterations=4, num_return_sequences=3, seed=3, temperature=0.01)
+    for copy in range(3):
+        alone = model.generate(torch.tensor(PROMPTS[1:2]), **GREEDY | {"max_new_tokens": 3, "num_iterations": 4}, seed=3 + copy)
+        assert torch.equal(many[3 + copy, -3:], alone[0, -3:])
+    beams = model.generate(**padded(), **GREEDY, num_beams=3, seed=1)
+    assert torch.equal(beams[1:2, -5:], model.generate(torch.tensor(PROMPTS[1:2]), **GREEDY, num_beams=3, seed=1)[:, -5:])
+    transformers.set_seed(1)
+    first = model.generate(**padded(), max_new_tokens=4, num_iterations=2, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    transformers.set_seed(1)
+    assert torch.equal(first, model.generate(**padded(), max_new_tokens=4, num_iterations=2, top_p=0.9, min_p=0.01, repetition_penalty=1.1))
+
+
+def test_the_cache_grows_goes_back_takes_other_rows_and_serves_several_turns(both):
+    model = both[2]
+    ids = torch.randint(3, 800, (2, 70), generator=torch.Generator().manual_seed(0))
+    whole = model(ids, use_cache=True, num_iterations=2, seed=[3, 4])
+    cache = whole.past_key_values
+    following = model(ids[:, :1], past_key_values=cache).logits  # beyond the 64 positions that a cache begins with
+    assert cache.get_seq_length() == 71
+    cache.crop(1)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    torch.testing.assert_close(model(ids[[1, 0], :1], past_key_values=cache).logits, following.flip(0), rtol=1e-4, atol=1e-4)
+    cache.batch_repeat_interleave(2)
+    cache.crop(1)
+    torch.testing.assert_close(model(ids[[1, 1, 0, 0], :1], past_key_values=cache).logits[1::2], following.flip(0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="^the cache was started with 2 iterations"):
+        model(ids[[1, 1, 0, 0], :1], past_key_values=cache, num_iterations=3)
+    settings = GREEDY | {"return_dict_in_generate": True, "output_hidden_states": True, "seed": 0}
+    one = model.generate(torch.tensor(PROMPTS[:1]), **settings | {"max_new_tokens": 10}).sequences
+    first = model.generate(torch.tensor(PROMPTS[:1]), **settings)
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, **settings)
+    assert torch.equal(second.sequences, one)
+    assert len(second.hidden_states) == 5 and all(len(token) == 4 for token in second.hidden_states)  # before and after 3 iterations
+
+
+def written_out(ours, prompt, seed, iterations):
+    """Logits [T, V] of a text's positions, from the formulas: one pass at sigma_max, or K iterations from a random state."""
+    width, table = ours.config.width, ours.embedding.weight.double()
+    random_numbers = TextRandom(torch.tensor([seed])).at(torch.arange(len(prompt)).unsqueeze(0))
+    e = ours.prelude(torch.tensor([prompt]))
+    if not ours.config.noise_conditioning:
+        edge = math.erf(3 / math.sqrt(2))
+        state = math.sqrt(4 / 5) * torch.erfinv((2 * random_numbers.uniform(STATE, width) - 1) * edge)
+        for _ in range(iterations):
+            state = ours.iterate(state, e)
+        return ours.readout(state)[0].double()
+    z, sd = 80.0 * random_numbers.normal(STATE, width).double(), 1 / math.sqrt(width)
+    condition = ours.condition(torch.full((1, 1), math.log(80.0) / 4))
+    keep = sd**2 / (80.0**2 + sd**2)
+    hidden = ours.iterate((keep * z / sd).float(), e, condition).double()
+    estimate = keep * z + 80.0 * sd / math.sqrt(80.0**2 + sd**2) * hidden
+    prior = ours.head(ours.coda((estimate / sd).float(), condition)).double()
+    return (prior + z / 80.0**2 @ (table / table.norm(dim=-1, keepdim=True)).T)[0]
+
+
+def test_a_text_is_scored_by_its_honest_likelihood_whatever_its_padding(both):
+    ours, _, model = both
+    batch = padded()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[0, 2:4] = -100
+    scored = model(**batch, labels=labels, seed=[5, 6, 7])
+    total, count = 0.0, 0
+    for row, prompt in enumerate(PROMPTS):
+        logits = written_out(ours, prompt, 5 + row, 4)
+        torch.testing.assert_close(scored.logits[row, -len(prompt) :].double(), logits, rtol=1e-3, atol=1e-3)
+        log_probability = logits.log_softmax(-1)
+        for position in range(1, len(prompt)):
+            if row > 0 or position not in (2, 3):
+                total, count = total - log_probability[position - 1, prompt[position]].item(), count + 1
+    assert scored.loss.item() == pytest.approx(total / count, rel=1e-4)
+    halved = model(**batch, labels=labels, seed=[5, 6, 7], num_items_in_batch=2 * count).loss
+    assert halved.item() == pytest.approx(total / count / 2, rel=1e-4)
+    last = model(**batch, seed=[5, 6, 7], logits_to_keep=1).logits
+    torch.testing.assert_close(last, scored.logits[:, -1:])
+    right = {"input_ids": torch.tensor([PROMPTS[1] + [2, 2]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]]), "seed": 6}
+    torch.testing.assert_close(model(**right).logits[0, :3], scored.logits[1, -3:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_step_on_labels_lowers_the_loss_with_tokens_that_were_added(both):
+    model = load(both[1]).train()
+    model.resize_token_embeddings(804)
+    batch = padded()
+    batch["input_ids"][0, 1] = 803
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
+    for _ in range(5):
+        losses.append(model(**batch, labels=batch["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_latents_and_distributions_of_iterations_are_those_of_steps_by_hand(both):
+    _, _, model = both
+    ids, wanted = torch.tensor(PROMPTS[:1]), {"output_hidden_states": True, "output_iteration_logits": True, "seed": 7}
+    if model.denoising:
+        out = model(ids, use_cache=True, num_iterations=4, **wanted)
+    else:
+        out = model(ids, num_iterations=4, **wanted)
+    assert len(out.hidden_states) == 5 and len(out.iteration_logits) == 4
+    e, state = model.embed_inputs(ids), model.initial_state(ids, seed=7)
+    for iteration in range(4):
+        torch.testing.assert_close(out.hidden_states[iteration][:, -1], state[:, -1], rtol=1e-3, atol=1e-3)
+        if model.denoising:
+            state = model.with_known_targets(state, ids, iteration, 4, seed=7)
+        step = model.iterate_one_step(state, e, iteration, 4)
+        torch.testing.assert_close(out.iteration_logits[iteration][:, -1], step.logits[:, -1], rtol=1e-3, atol=1e-3)
+        state = step.state
+    torch.testing.assert_close(out.hidden_states[4][:, -1], state[:, -1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.logits[:, -1], step.logits[:, -1], rtol=1e-3, atol=1e-3)
+
+
+def test_saved_and_pickled_models_are_the_same_and_run_as_exports_do(both, hf_tokenizer, tmp_path):
+    ours, _, model = both
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    hf_tokenizer.save_pretrained(tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
+    assert {file.name for file in (PROJECT / "rdtrain/model").glob("*.py")} <= {file.name for file in (tmp_path / "again").iterdir()}
+    again = load(tmp_path / "again"), pickle.loads(pickle.dumps(model)), TextGenerator.load(tmp_path / "again", "cpu").model
+    for other in again:
+        inner = other if isinstance(other, RecurrentDepthLM) else other.model
+        for (name, ours_), (theirs_name, theirs) in zip(ours.state_dict().items(), inner.state_dict().items(), strict=True):
+            assert name == theirs_name and torch.equal(ours_, theirs)
+    assert torch.equal(again[0].generate(**padded(), **GREEDY, seed=1), model.generate(**padded(), **GREEDY, seed=1))
+    assert AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)("a\n  b").input_ids == hf_tokenizer("a\n  b").input_ids
+    assert pickle.loads(pickle.dumps(hf_tokenizer))("a\n  b").input_ids == hf_tokenizer("a\n  b").input_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_a_compiled_forward_run(denoiser, dtype):
+    model = load(denoiser[1], dtype=dtype)
+    assert model.dtype == dtype
+    logits = model(**padded()).logits
+    torch.testing.assert_close(logits.float(), denoiser[2](**padded()).logits, rtol=0.1, atol=0.3)
+    finite = model.generate(**padded(), **GREEDY | {"num_iterations": 64}, return_dict_in_generate=True, output_logits=True)
+    assert all(one.isfinite().all() for one in finite.logits)
+    if dtype == torch.bfloat16:
+        ids = torch.tensor(PROMPTS[:1])
+        torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, model(ids).logits)
+
+
+def test_the_tokenizer_gives_the_ids_and_the_text_of_ours(hf_tokenizer, tokenizer):
+    draw = random.Random(0)
+    parts = ["<s>", "</s>", "<unk>", "<0x0A>", "\u2581", " ", "  ", "\n", "\r\n", "\t", "the", "e\u0301", "\U0001f600", "\0", "\x85", "12"]
+    for _ in range(300):
+        text = "".join(draw.choice(parts) if draw.random() < 0.6 else chr(draw.choice((draw.randrange(1, 0xD800),
+                       draw.randrange(0xE000, 0x11000)))) for _ in range(draw.randrange(12)))
+        ids = tokenizer.encode(text, bos=True)
+        assert hf_tokenizer(text).input_ids == ids and hf_tokenizer(text, add_special_tokens=False).input_ids == ids[1:]
+        assert hf_tokenizer.decode(ids, skip_special_tokens=True) == text
+        any_ids = [draw.randrange(300 if draw.random() < 0.7 else tokenizer.vocab_size) for _ in range(draw.randrange(12))]
+        assert hf_tokenizer.decode(any_ids, skip_special_tokens=True) == tokenizer.decode(any_ids)
+    assert hf_tokenizer.decode([1, *tokenizer.encode("a b"), 2]) == "<s>a b</s>"
+    assert (hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id, hf_tokenizer.pad_token_id) == (tokenizer.bos_id, tokenizer.eos_id, 2)
+    assert hf_tokenizer(["a", "the function"], padding=True).attention_mask[0][0] == 0
+    assert hf_tokenizer("<s>", add_special_tokens=False, split_special_tokens=False).input_ids == [1]
+
+
+def test_a_pipeline_writes_text_and_the_snippets_of_the_documentation_run(denoiser, hf_tokenizer, tmp_path, monkeypatch, capsys):
+    ours, folder, model = denoiser
+    text = pipeline("text-generation", model=model, tokenizer=hf_tokenizer)("The", **GREEDY, seed=2)[0]["generated_text"]
+    ids = torch.tensor([hf_tokenizer("The").input_ids])
+    assert text == hf_tokenizer.decode(torch.cat((ids[0], *generate(ours, ids, 5, 3, NOISE, Sampling(0.0), 2))), skip_special_tokens=True)
+    monkeypatch.chdir(tmp_path)
+    Path("my-model").symlink_to(folder)
+    names: dict = {}
+    for snippet in re.findall("```python\n(.*?)```", (PROJECT / "docs/generation.md").read_text(), re.S):
+        exec(snippet, names)
+    assert names["second"].shape[1] == names["first"].sequences.shape[1] + 4
+    assert all(float(line.removeprefix("tensor(").split(")")[0].split(",")[0]) < 1e-3 for line in capsys.readouterr().out.splitlines()[-4:])
+
+
+def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path):
+    model, ids = denoiser[2], torch.tensor(PROMPTS[:1])
+    holes = torch.ones_like(ids)
+    holes[0, 3] = 0
+    for words, call in {
+        "token 800 is outside the vocabulary of 800": lambda: model(torch.tensor([[800]])),
+        "token -1 is outside": lambda: model.generate(torch.tensor([[5, -1]]), **GREEDY),
+        "with at least one token": lambda: model(ids[:, :0]),
+        "num_iterations must be at least 1": lambda: model.generate(ids, max_new_tokens=1, num_iterations=0),
+        "scores a text in one pass": lambda: model(ids, num_iterations=2),
+        "solver is a setting of generation": lambda: model(ids, solver="euler"),
+        "solver must be one of": lambda: model.generate(ids, **GREEDY, solver="heun"),
+        "settings of a denoising model": lambda: unrolled[2].generate(ids, **GREEDY, solver="ancestral"),
+        "must hide columns at the left": lambda: model(ids, attention_mask=holes),
+        "set padding_side='left'": lambda: model(ids, attention_mask=1 - holes.cumsum(1).clamp(max=1), use_cache=True),
+        "with a cache of its own": lambda: model.generate(ids, **GREEDY, use_cache=False),
+        "a batch of 1 texts needs as many seeds": lambda: model.generate(ids, **GREEDY, seed=[1, 2]),
+        "labels are for a text that is scored": lambda: model(ids, labels=ids, use_cache=True),
+        "iteration must be one of 0 to 1": lambda: model.iterate_one_step(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32), 2, 2),
+    }.items():
+        with pytest.raises(ValueError, match=words) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+    shutil.copytree(unrolled[1], tmp_path / "a-file-less")
+    next((tmp_path / "a-file-less").glob("model-00002-*")).unlink()
+    with pytest.raises(ValueError, match="are not whole .*model-00002-"):
+        load(tmp_path / "a-file-less")
+
+    def damaged(change) -> Path:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(denoiser[1], folder)
+        change(folder)
+        return folder
+
+    def settings(folder, **changes):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    def without_a_weight(folder):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["final_norm.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    weights = "model.safetensors"
+    for words, load_it, change in (
+        ("are not those of its config.json, beginning with .*final_norm", load, without_a_weight),
+        ("are not whole", load, lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-500])),
+        ("heads must be at least 1", AutoConfig.from_pretrained,
+         lambda folder: settings(folder, model=asdict(denoiser[0].config) | {"heads": 0})),
+        ("unknown setting wings", AutoConfig.from_pretrained, lambda folder: settings(folder, model={"wings": 2, "vocab_size": 8})),
+        ("its format is 2", AutoConfig.from_pretrained, lambda folder: settings(folder, format=2)),
+        ("is not a SentencePiece model", AutoTokenizer.from_pretrained, lambda folder: (folder / "tokenizer.model").write_text("no")),
+        ("not the tokenizer that the model was trained with", AutoTokenizer.from_pretrained,
+         lambda folder: shutil.copy(PROJECT / "tokenizer/tokenizer.model", folder)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_it(damaged(change), trust_remote_code=True) if load_it is not load else load(damaged(change))
+
+
+@pytest.mark.parametrize("file", ["configuration_rdtrain", "tokenization_rdtrain"])
+def test_another_version_of_transformers_is_refused_in_one_sentence(monkeypatch, file):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.57.1"))
+    spec = importlib.util.spec_from_file_location(f"rdtrain.model.{file}_again", PROJECT / "rdtrain/model" / f"{file}.py")
+    with pytest.raises(ImportError, match="needs transformers 5, and 4.57.1 is installed: pip install"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
