@@ -4,8 +4,10 @@ Libraries are imported inside each verb, so that `rdtrain --help` answers at onc
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+from .data.commands import add_shard, join_action
 from .errors import UserError, user_errors_as_exit
 
 DESCRIPTION = """\
@@ -37,7 +39,7 @@ def main() -> None:
     )
     for add in jobs:
         add(verbs)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(join_action(sys.argv[1:]))
     with user_errors_as_exit():
         raise SystemExit(arguments.run(arguments) or 0)
 
@@ -98,30 +100,7 @@ def _tokenizer_train(arguments) -> None:
 
 
 def _add_shard(verbs) -> None:
-    parser = _verb(
-        verbs, "shard", _shard, "tokenize text into zarr shards",
-        "Reads documents, tokenizes them and writes a folder of zarr 3 token shards with document boundaries, checksums, and the "
-        "tokenizer that made them.",
-    )
-    parser.add_argument("inputs", type=Path, nargs="+", help="text, JSONL (also .gz, .xz, .zst) or Parquet files, or folders")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--column", default="text", help="the text column of JSONL and Parquet")
-    _add_overwrite(parser)
-
-
-def _shard(arguments) -> None:
-    from .data.shards import write_shards
-
-    manifest = write_shards(
-        arguments.inputs, _load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite,
-        column=arguments.column,
-    )
-    tokens = manifest["tokens"]
-    print(
-        f"{arguments.output}: {tokens:,} tokens of {manifest['documents']:,} documents, "
-        f"{manifest['text_bytes'] / tokens:.2f} bytes a token"
-    )
+    add_shard(verbs, _verb)
 
 
 def _add_train(verbs) -> None:
@@ -375,15 +354,6 @@ def _generate(arguments) -> int:
         return process.wait()
     except KeyboardInterrupt:  # the terminal has told the program too
         return process.wait()
-
-
-def _load_tokenizer(path: Path):
-    from .model.tokenizer import Tokenizer
-
-    try:
-        return Tokenizer(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{error}: train one with `rdtrain tokenizer train`") from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rdtrain.config import Config
 from rdtrain.data.docstrings import docstrings
-from rdtrain.data.shards import write_shards
+from rdtrain.data.sharding import write_shards
 from rdtrain.data.tokenizer_training import train_tokenizer
 from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM

@@ -24,7 +24,8 @@ def test_text_to_shards_by_the_commands_alone(rdtrain, text_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "corpus", "tokenizer train", "shard", "train", "checkpoint verify", "compare", "evaluate", "export", "generate"]
+    "verb",
+    ["", "corpus", "tokenizer train", "shard", "shard inspect", "train", "checkpoint verify", "compare", "evaluate", "export", "generate"],
 )
 def test_every_verb_explains_itself(rdtrain, verb):
     result = rdtrain(*verb.split(), "--help")
@@ -52,7 +53,7 @@ def test_existing_output_is_refused_and_replaced_on_request(rdtrain, refused, te
     refused(rdtrain(*command), "exists already", "overwrite")
     assert (target / "manifest.json").read_bytes() == before
     assert rdtrain(*command, "--overwrite").returncode == 0
-    assert json.loads((target / "manifest.json").read_text())["sources"][0]["name"] == "1.txt"
+    assert json.loads((target / "manifest.json").read_text())["documents"] == 1
 
 
 def test_a_missing_or_damaged_tokenizer_is_refused(rdtrain, refused, text_folder, tmp_path):

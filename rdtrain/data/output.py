@@ -4,13 +4,24 @@ Notable: only a folder that bears the writer's own marker file is ever replaced,
 delete somebody's home. The old folder stays until the new one is complete.
 """
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
+
+
+def refuse_existing(output: Path, markers: Sequence[str], overwrite: bool) -> None:
+    """UserError when `output` exists, is no empty folder, and is not to be overwritten or holds none of the markers."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise UserError(f"{output} exists already; choose another output or ask to overwrite it")
+        if not any((output / marker).is_file() for marker in markers):
+            raise UserError(f"{output} holds no {' or '.join(markers)}, so it is not an earlier output of this command and is not "
+                            "replaced; choose another output")
 
 
 @contextmanager
@@ -23,12 +34,7 @@ def output_folder(output: Path, marker: str, overwrite: bool) -> Iterator[Path]:
     but write (reading of the user's files raises UserErrors of its own).
     """
     output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not overwrite:
-            raise UserError(f"{output} exists already; choose another output or ask to overwrite it")
-        if not (output / marker).is_file():
-            raise UserError(f"{output} holds no {marker}, so it is not an earlier output of this command and is not replaced; "
-                            "choose another output")
+    refuse_existing(output, (marker,), overwrite)
     target = output.absolute()
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     replaced = target.parent / f".{target.name}.{os.getpid()}.replaced"
@@ -55,3 +61,9 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): free some disk space and start the same command again") from error
+
+
+def file_facts(file: Path) -> dict:
+    """The size and SHA-256 of a file."""
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}

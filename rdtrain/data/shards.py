@@ -1,96 +1,58 @@
 """Token shards: documents as numbers in a compressed, checksummed zarr 3 store that any zarr library can read.
 
-    manifest.json      counts, tokenizer, checksums: see `write_shards`
+    manifest.json      counts, tokenizer, checksums: docs/data.md has all of it
     tokenizer.model    the tokenizer that wrote the shards
     arrays.zarr/       a zarr group with two 1-D arrays
         tokens         uint16, or uint32 for more than 65,536 pieces: `<s> ids </s>` of each document, one after the other
         documents      int64: where each document starts in `tokens`, and at the end the number of tokens
 
-Notable: single reads cost about 2 ms whatever their length, so read long contiguous blocks (`rdtrain.data.loader` does). Whole
-shard files are written, one at a time, so memory is bounded. Every chunk carries a CRC-32C, so damage is noticed while reading; a
-missing or cut shard file is noticed on opening (zarr itself would read zeros), and `ShardReader.verify` checks every byte.
+Notable: single reads cost about 2 ms whatever their length, so read long contiguous blocks (`rdtrain.data.loader` does). Every chunk
+carries a CRC-32C, so damage is noticed while reading; a missing or cut shard file is noticed on opening (zarr itself would read zeros),
+and `ShardReader.find_damage` checks every byte, the manifest's own too. `rdtrain.data.sharding` writes them.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import zarr
 from tqdm import tqdm
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ..errors import UserError
-from ..model.tokenizer import Tokenizer
-from .output import output_folder
-from .sources import list_files, read_documents
+from .output import file_facts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 has neither named sources nor a checksum of the manifest
 CHUNK_TOKENS = 131072  # the smallest part that can be read: small enough for one read, large enough to compress well
 SHARD_TOKENS = 4194304
-BATCH_CHARACTERS = 1 << 22  # text that is encoded at a time
+UNSEALED = "0" * 64
 
 
-def write_shards(inputs: list[Path], tokenizer: Tokenizer, output: Path, shard_tokens: int = SHARD_TOKENS,
-                 overwrite: bool = False, column: str = "text") -> dict:
-    """Writes the documents of `inputs` as shards into the folder `output` and returns the manifest.
+def seal_manifest(file: Path, facts: dict) -> None:
+    """Writes the manifest `facts` with a checksum of its own in it: the SHA-256 of the file with zeros in the place of the checksum."""
+    content = json.dumps(facts | {"manifest_sha256": UNSEALED}, indent=2) + "\n"
+    file.write_text(content.replace(UNSEALED, hashlib.sha256(content.encode()).hexdigest()), encoding="utf-8")
 
-    inputs: files, folders or patterns as `rdtrain.data.sources.list_files` takes them; column: the text's name in JSON and
-    Parquet.
-    shard_tokens: tokens in a shard file, a multiple of 131,072 or (for tests) less.
-    The manifest: format_version, dtype, tokens, documents, text_bytes (UTF-8, without the marks), tokenizer_hash, vocab_size,
-    bos_id, eos_id, chunk_tokens, shard_tokens, sources (name and bytes of each input), files (size and SHA-256 of everything else
-    here, by path).
-    Raises UserError for bad `shard_tokens`, inputs that cannot be read, an existing output, and a disk that refuses.
-    """
-    chunk_tokens = min(CHUNK_TOKENS, shard_tokens)
-    if shard_tokens < 1 or shard_tokens % chunk_tokens:
-        raise UserError(f"shards of {shard_tokens} tokens cannot be written; give a multiple of {CHUNK_TOKENS}")
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    files = list_files(inputs)
-    with output_folder(output, "manifest.json", overwrite) as folder:
-        group = zarr.create_group(folder / "arrays.zarr")
-        tokens = _ArrayWriter(group, "tokens", dtype, chunk_tokens, shard_tokens)
-        documents = _ArrayWriter(group, "documents", "int64", chunk_tokens, shard_tokens)
-        text_bytes = 0
-        with tqdm(desc="shards", unit="B", unit_scale=True, disable=None) as progress:
-            for texts in _batches(read_documents(files, column)):
-                for ids in tokenizer.encode_batch(texts, threads=os.cpu_count() or 1):
-                    documents.append([tokens.length])
-                    tokens.append([tokenizer.bos_id, *ids, tokenizer.eos_id])
-                batch_bytes = sum(len(text.encode()) for text in texts)
-                text_bytes += batch_bytes
-                progress.update(batch_bytes)
-        document_count = documents.length
-        documents.append([tokens.length])
-        tokens.close()
-        documents.close()
-        shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
-        manifest = {
-            "format_version": FORMAT_VERSION, "dtype": dtype, "tokens": tokens.length, "documents": document_count,
-            "text_bytes": text_bytes, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "chunk_tokens": chunk_tokens, "shard_tokens": shard_tokens,
-            "sources": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
-            "files": {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-                      for file in sorted(folder.rglob("*")) if file.is_file()},
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
+
+def shard_folders(path: Path) -> list[Path]:
+    """The folders of shards that `path` is or holds: itself, or its train and validation sides."""
+    sides = [side for side in (path / "train", path / "validation") if side.is_dir()]
+    return sides if sides and not (path / "manifest.json").exists() else [path]
 
 
 class ShardReader:
     """Reads a folder of shards.
 
-    `len(reader)` is the number of tokens. Attributes: path, manifest (see `write_shards`), vocab_size, document_count, text_bytes
+    `len(reader)` is the number of tokens. Attributes: path, manifest (docs/data.md), vocab_size, document_count, text_bytes
     and bytes_per_token (UTF-8 bytes of text for each token, marks counted as tokens). Safe to use in forked and spawned
     processes.
     """
 
-    def __init__(self, path: str | Path, tokenizer_hash: str | None = None):
+    def __init__(self, path: str | Path, tokenizer_hash: str | None = None, open_arrays: bool = True):
         """Opens the folder `path`. tokenizer_hash: `Tokenizer.hash` of the tokenizer that the shards must have been written with.
+        open_arrays: False for `find_damage` only, which then works on whatever files are left.
 
         Raises UserError when there are no shards, their format or tokenizer is another one, or a file is missing or has a wrong
         size.
@@ -100,14 +62,15 @@ class ShardReader:
         if tokenizer_hash is not None and tokenizer_hash != self.manifest["tokenizer_hash"]:
             raise UserError(f"{self.path} was written with tokenizer {self.manifest['tokenizer_hash'][:12]}, not with "
                             f"{tokenizer_hash[:12]}; use the tokenizer.model in that folder or write the shards again")
-        for name in self.manifest["files"]:
+        for name in self.manifest["files"] if open_arrays else ():
             self._check_file(name, content=name.endswith("zarr.json"))
         self.vocab_size: int = self.manifest["vocab_size"]
         self.document_count: int = self.manifest["documents"]
         self.text_bytes: int = self.manifest["text_bytes"]
         self.bytes_per_token = self.text_bytes / len(self)
-        group = zarr.open_group(self.path / "arrays.zarr", mode="r")
-        self._tokens, self._documents = group["tokens"], group["documents"]
+        if open_arrays:
+            group = zarr.open_group(self.path / "arrays.zarr", mode="r")
+            self._tokens, self._documents = group["tokens"], group["documents"]
 
     def __len__(self) -> int:
         return self.manifest["tokens"]
@@ -124,41 +87,58 @@ class ShardReader:
     @property
     def documents(self) -> np.ndarray:
         """int64 [document_count + 1]: document i is tokens documents[i] .. documents[i + 1] - 1. UserError when damaged."""
-        return self._decode(self._documents, 0, self.document_count + 1)
+        return self.document_starts(0, self.document_count + 1)
+
+    def document_starts(self, first: int, last: int) -> np.ndarray:
+        """documents[first:last], int64 [last - first], 0 <= first <= last <= document_count + 1. UserError when damaged."""
+        return self._decode(self._documents, first, last)
 
     def verify(self) -> None:
         """Reads every file once. Raises UserError that names the first whose content is not what was written."""
+        if damage := next(self.find_damage(), None):
+            raise UserError(f"{damage}; copy it again or write the shards again")
+
+    def find_damage(self) -> Iterator[str]:
+        """Reads every file once, and says of each whose content is not what was written what is wrong with it."""
         for name in tqdm(self.manifest["files"], "verify", unit=" files", disable=None):
-            self._check_file(name, content=True)
+            if fault := self._fault(name, content=True):
+                yield fault
 
     def _read_manifest(self) -> dict:
         file = self.path / "manifest.json"
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
+            content = file.read_bytes()
         except OSError:
             raise UserError(f"no shards in {self.path} (no manifest.json); correct the path or write shards there") from None
-        except ValueError:
+        try:
+            manifest = json.loads(content.decode())
+        except (ValueError, RecursionError):
             manifest = None
         if not isinstance(manifest, dict) or "format_version" not in manifest:
             raise UserError(f"{file} is damaged or not a manifest of shards; copy it again or write the shards again")
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{self.path} holds shards of format {manifest['format_version']}, and this version reads format "
-                            f"{FORMAT_VERSION}; write the shards again")
+        if manifest["format_version"] not in READABLE_VERSIONS:
+            readable = " and ".join(map(str, READABLE_VERSIONS))
+            raise UserError(f"{self.path} holds shards of format {manifest['format_version']}, and this version reads formats {readable}; "
+                            "write the shards again")
+        seal = manifest.get("manifest_sha256", "")
+        unsealed = content.replace(str(seal).encode(), UNSEALED.encode()) if seal else b""
+        if (seal or manifest["format_version"] > 1) and hashlib.sha256(unsealed).hexdigest() != seal:
+            raise UserError(f"{file} is damaged (its checksum is wrong); copy it again or write the shards again")
         return manifest
 
     def _check_file(self, name: str, content: bool) -> None:
-        """Compares a file's size, and its checksum when `content` is true, with the manifest."""
+        if fault := self._fault(name, content):
+            raise UserError(f"{fault}; copy it again or write the shards again")
+
+    def _fault(self, name: str, content: bool) -> str | None:
+        """What is wrong with a file's size, or its checksum when `content` is true."""
         file, facts = self.path / name, self.manifest["files"][name]
         size = file.stat().st_size if file.is_file() else None
         if size is None:
-            fault = "is missing"
-        elif size != facts["bytes"]:
-            fault = f"has {size} bytes, not {facts['bytes']}"
-        elif content and _sha256(file) != facts["sha256"]:
-            fault = "is damaged (its checksum is wrong)"
-        else:
-            return
-        raise UserError(f"{file} {fault}; copy it again or write the shards again")
+            return f"{file} is missing"
+        if size != facts["bytes"]:
+            return f"{file} has {size} bytes, not {facts['bytes']}"
+        return f"{file} is damaged (its checksum is wrong)" if content and file_facts(file)["sha256"] != facts["sha256"] else None
 
     def _decode(self, array: zarr.Array, start: int, stop: int) -> np.ndarray:
         try:
@@ -169,49 +149,3 @@ class ShardReader:
                 self._check_file(f"arrays.zarr/{array.path}/c/{shard}", content=True)
             raise UserError(f"numbers {start} to {stop} of {self.path / 'arrays.zarr' / array.path} cannot be read ({error}), "
                             "though every file is as it was written; mend the disk or the zarr installation") from error
-
-
-class _ArrayWriter:
-    """Appends numbers to a new 1-D array of `group`, in pieces of whole shards."""
-
-    def __init__(self, group: zarr.Group, name: str, dtype: str, chunk: int, shard: int):
-        # shuffling bits makes token numbers larger, as they have no order; a chunk of zeros is written like any other
-        compressors = (BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"), Crc32cCodec())
-        self._array = group.create_array(name, shape=(0,), dtype=dtype, chunks=(chunk,), shards=(shard,), fill_value=0,
-                                         compressors=compressors, config={"write_empty_chunks": True})
-        self._buffer = np.empty(shard, dtype)
-        self._filled = 0
-        self.length = 0
-
-    def append(self, numbers: list[int]) -> None:
-        values = np.asarray(numbers, self._buffer.dtype)
-        self.length += len(values)
-        while len(values):
-            part = values[:len(self._buffer) - self._filled]
-            self._buffer[self._filled:self._filled + len(part)] = part
-            self._filled += len(part)
-            values = values[len(part):]
-            if self._filled == len(self._buffer):
-                self.close()
-
-    def close(self) -> None:
-        """Writes what is left in the buffer."""
-        self._array.append(self._buffer[:self._filled])
-        self._filled = 0
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rdtrain.data.loader import STEPS_AHEAD, Loader, SampleOrder, rank_indices, read_ahead, validation_windows
-from rdtrain.data.shards import ShardReader, write_shards
+from rdtrain.data.sharding import write_shards
+from rdtrain.data.shards import ShardReader
 from rdtrain.errors import UserError
 
 

@@ -1,14 +1,20 @@
 """Shards hold exactly the tokens that were written, plain zarr reads them, and every kind of damage is named."""
 
+import argparse
 import copy
 import json
+import random
 import shutil
 
+import matplotlib.image
 import numpy as np
 import pytest
 import zarr
 
-from rdtrain.data.shards import ShardReader, write_shards
+from rdtrain.data.commands import _verify
+from rdtrain.data.inspection import inspect_shards
+from rdtrain.data.sharding import write_shards
+from rdtrain.data.shards import ShardReader
 from rdtrain.model.tokenizer import Tokenizer
 
 
@@ -122,3 +128,61 @@ def test_damaged_descriptions(damaged, fault):
     for content in ("", "[]", "{}", "{"):
         (damaged / "manifest.json").write_text(content)
         assert "manifest.json is damaged" in fault(lambda: ShardReader(damaged))
+
+
+def test_every_flipped_byte_is_found(damaged, capsys, fault):
+    """Every fifth byte of the manifest, and of the other files, but for most of many shards, the first, the last or another one."""
+    draw = random.Random(0)
+    files = sorted(file for file in damaged.rglob("*") if file.is_file())
+    some = {damaged / "arrays.zarr/documents/c/0", *draw.sample(sorted((damaged / "arrays.zarr/tokens/c").iterdir()), 5)}
+    for file in (file for file in files if file.parent.name != "c" or file in some):
+        original = file.read_bytes()
+        is_manifest = file.name == "manifest.json"
+        between = draw.randrange(len(original))
+        for place in range(0, len(original), 5) if is_manifest else [draw.choice((0, between, len(original) - 1))]:
+            damage = bytearray(original)
+            damage[place] = damage[place] ^ 1 << draw.randrange(8) if place % 2 else (damage[place] + draw.randrange(1, 256)) % 256
+            file.write_bytes(damage)
+            if is_manifest:
+                fault(lambda: ShardReader(damaged, open_arrays=False))
+            else:
+                assert _verify(argparse.Namespace(folders=[damaged])) == 1, (file, place)
+                assert file.name in capsys.readouterr().out
+        file.write_bytes(original)
+    assert _verify(argparse.Namespace(folders=[damaged])) == 0
+
+
+def test_every_damaged_file_is_named(damaged):
+    flip(damaged / "arrays.zarr/tokens/c/2", 9)
+    flip(damaged / "tokenizer.model", 9)
+    (damaged / "arrays.zarr/tokens/c/3").unlink()
+    found = list(ShardReader(damaged, open_arrays=False).find_damage())
+    assert [fault.rsplit("/", 1)[1].split(" (")[0] for fault in found] == ["2 is damaged", "3 is missing", "tokenizer.model is damaged"]
+
+
+def test_shards_of_format_1_are_read(shards, damaged):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    del manifest["manifest_sha256"], manifest["side"], manifest["validation_share"]
+    manifest |= {"format_version": 1, "sources": [{"name": "0.txt", "bytes": 5}]}
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    old, new = ShardReader(damaged), ShardReader(shards)
+    assert np.array_equal(old.read(0, len(old)), new.read(0, len(new)))
+    old.verify()
+    assert "format 1" in inspect_shards(damaged)
+
+
+def test_inspection_shows_sources_lengths_and_any_window(shards, tokenizer, texts, tmp_path, fault):
+    reader = ShardReader(shards)
+    report = inspect_shards(shards, document=3, length=10**6, histogram=tmp_path / "lengths.png")
+    assert report.endswith("</s>\n".join(f"<s>{text}" for text in texts[3:]) + "</s>\n")
+    start = int(reader.documents[1])
+    assert inspect_shards(shards, start - 1, length=2).endswith(f"tokens {start - 1:,} to {start:,}:\n\n</s>\n<s>")
+    lengths = np.diff(reader.documents)
+    assert f"{lengths.min():,} at least, {lengths.max():,} at most" in report
+    cells = report.split("\n")[3].split()
+    assert cells[:4] == ["text", str(len(texts)), f"{len(reader):,}", "100.0%"] and cells[5] == "nothing"
+    picture = matplotlib.image.imread(tmp_path / "lengths.png")
+    assert picture.shape[:2] == (600, 1050) and np.ptp(picture[..., :3]) > 0.5
+    assert "no document 10" in fault(lambda: inspect_shards(shards, document=10))
+    assert "tokens from -1 on" in fault(lambda: inspect_shards(shards, -1))
+    assert "is no PNG file" in fault(lambda: inspect_shards(shards, histogram=tmp_path / "x.pdf"))

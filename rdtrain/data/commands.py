@@ -1,0 +1,163 @@
+"""The command line of `rdtrain shard` and of what belongs to it: `rdtrain shard verify`, `inspect`, `merge` and `benchmark`.
+
+Notable: an action is a verb of its own whose name has a space in it, so that `rdtrain shard FILE ...` needs no word before its files.
+A file that bears the name of an action is given as ./verify.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import UserError
+
+ACTIONS = ("verify", "inspect", "merge", "benchmark")
+
+
+def join_action(arguments: list[str]) -> list[str]:
+    """`shard verify ...` as the verb "shard verify" and its arguments; anything else as it is."""
+    if arguments[:1] == ["shard"] and arguments[1:2] and arguments[1] in ACTIONS:
+        return [f"shard {arguments[1]}", *arguments[2:]]
+    return arguments
+
+
+def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the verb and its actions. add_verb(verbs, name, run, help, description) makes a parser."""
+    parser = add_verb(
+        verbs, "shard", _shard, "tokenize text into zarr shards",
+        "Reads documents, drops exact duplicates, tokenizes on all cores and writes a folder of zarr 3 token shards with document "
+        "boundaries, checksums, and the tokenizer that made them. What cannot be read is left out, counted and named. A run that was "
+        "stopped continues when the same command is started again. `rdtrain shard verify`, `inspect`, `merge` and `benchmark` have a help "
+        "of their own.",
+    )
+    parser.add_argument(
+        "inputs", nargs="*", help="text, JSONL (also .gz, .xz, .zst), Parquet, folders, patterns, or - for JSONL on standard input"
+    )
+    parser.add_argument(
+        "--config", type=Path, help="instead of inputs: YAML file of named sources, also data sets of Hugging Face (docs/data.md)"
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--column", default="text", help="the text column of JSONL and Parquet")
+    parser.add_argument(
+        "--validation-share", type=float, default=0.0, metavar="SHARE",
+        help="write OUTPUT/train and OUTPUT/validation, about this share of the documents, by a hash of the text, in the latter",
+    )
+    _add_workers(parser)
+    parser.add_argument(
+        "--part", type=_part, metavar="I/N", help="do part I of N only, for `rdtrain shard merge`; the parts need not know of each other"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser = add_verb(
+        verbs, "shard verify", _verify, "check every byte of shards",
+        "Reads every file and compares it with its checksum. Prints a line for each folder and each damaged file; the exit code is 1 when "
+        "there is one.",
+    )
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of shards, or with train and validation shards in them")
+    parser = add_verb(
+        verbs, "shard inspect", _inspect, "show what shards hold",
+        "Prints the sources with their tokens and what was left out of them, how long documents are, and a window of the text.",
+    )
+    parser.add_argument("folder", type=Path, help="folder of shards")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--start", type=int, default=0, metavar="TOKEN", help="the window's first token")
+    place.add_argument("--document", type=int, metavar="N", help="begin the window at the N-th document, from 0")
+    parser.add_argument("--length", type=int, default=200, metavar="TOKENS", help="of the window; 0 for none")
+    parser.add_argument("--histogram", type=Path, metavar="FILE.png", help="draw the lengths of documents")
+    parser = add_verb(
+        verbs, "shard merge", _merge, "make shards out of the parts of several nodes",
+        "The shards are those that one run without --part would have written.",
+    )
+    parser.add_argument("parts", type=Path, nargs="+", help="the outputs of `rdtrain shard --part` of one input")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    _add_workers(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser = add_verb(
+        verbs, "shard benchmark", _benchmark, "measure sharding beside the bare tokenizer",
+        "Makes text of each size, shards it, and prints the speed beside that of the tokenizer alone in as many processes, and the peak "
+        "memory.",
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
+    parser.add_argument("--output", type=Path, required=True, help="folder to work in; what is made there is deleted again")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the input")
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("--workers", type=int, default=cores, help="processes")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))  # argparse says what is wrong
+    return number, count
+
+
+def _shard(arguments) -> None:
+    from .sharding import write_shards
+    from .units import load_sources
+
+    if bool(arguments.inputs) == (arguments.config is not None):
+        raise UserError("rdtrain shard needs either inputs or --config: give one of the two")
+    inputs = arguments.inputs or load_sources(arguments.config)
+    manifest = write_shards(
+        inputs, _load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite, column=arguments.column,
+        workers=arguments.workers, validation_share=arguments.validation_share, part=arguments.part,
+    )
+    if arguments.part is None:
+        _print_result(arguments.output, manifest)
+    else:
+        print(f"{arguments.output}: part {arguments.part[0]} of {arguments.part[1]}, for rdtrain shard merge")
+
+
+def _merge(arguments) -> None:
+    from .sharding import merge_parts
+
+    _print_result(arguments.output, merge_parts(arguments.parts, arguments.output, arguments.overwrite, arguments.workers))
+
+
+def _print_result(output: Path, manifest: dict) -> None:
+    from .shards import ShardReader, shard_folders
+
+    for source in manifest["sources"]:
+        for reason, facts in source["left_out"].items():
+            place = f", the first is {facts['first']}" if "first" in facts else ""
+            print(f"{source['name']}: left out {facts['documents']:,} {reason}{place}")
+    for folder in shard_folders(output):
+        reader = ShardReader(folder)
+        print(f"{folder}: {len(reader):,} tokens of {reader.document_count:,} documents, {reader.bytes_per_token:.2f} bytes a token")
+
+
+def _verify(arguments) -> int:
+    from .shards import ShardReader, shard_folders
+
+    damaged = False
+    for folder in (found for given in arguments.folders for found in shard_folders(given)):
+        try:
+            faults = list(ShardReader(folder, open_arrays=False).find_damage())
+        except UserError as error:
+            faults = [str(error)]
+        damaged |= bool(faults)
+        print("\n".join(faults) if faults else f"{folder}: whole", flush=True)
+    return int(damaged)
+
+
+def _inspect(arguments) -> None:
+    from .inspection import inspect_shards
+
+    print(inspect_shards(arguments.folder, arguments.start, arguments.document, arguments.length, arguments.histogram))
+
+
+def _benchmark(arguments) -> None:
+    from .sharding_benchmark import benchmark
+
+    print(benchmark(_load_tokenizer(arguments.tokenizer), arguments.output, arguments.megabytes, arguments.workers))
+
+
+def _load_tokenizer(path: Path):
+    from ..model.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{error}: train one with `rdtrain tokenizer train`") from None

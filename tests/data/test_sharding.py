@@ -1,0 +1,362 @@
+"""Whatever the workers, units, parts and kills: each text once, in the order of the input, on the side that its hash gives it."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+import zstandard
+
+from rdtrain.data import deduplication, reading, units
+from rdtrain.data.encoding import SEGMENT_CHARACTERS, segments
+from rdtrain.data.sharding import merge_parts, write_shards
+from rdtrain.data.shards import ShardReader
+from rdtrain.data.units import Inputs, NamedSource, load_sources
+
+PROCESS = Path(__file__).parent / "sharding_process.py"
+
+
+def lines(documents):
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+
+
+@pytest.fixture(scope="module")
+def documents(texts):
+    """Some hundred small documents, some of them twice, with an empty one."""
+    found = [paragraph for text in texts for paragraph in text.split("\n\n")][:500]
+    return [*found, found[3], "", found[40], "  \n", "the end"]
+
+
+@pytest.fixture(scope="module")
+def mixed(documents, tmp_path_factory):
+    """The documents, a hundred each, in files of every kind; their names keep the order."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n" + lines(documents[:100]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines(documents[100:200])))
+    frames = [zstandard.compress(lines(documents[start:start + 50])[:-1] + b"\n" * (start < 250)) for start in (200, 250)]
+    (folder / "c.jsonl.zst").write_bytes(b"".join(frames))
+    pyarrow.parquet.write_table(pyarrow.table({"id": [*range(100)], "text": documents[300:400]}), folder / "d.parquet", row_group_size=9)
+    for number, text in enumerate(documents[400:500]):
+        (folder / f"e{number:03}.txt").write_text(text)
+    (folder / "f.json").write_text(json.dumps(documents[500:], indent=1))
+    return folder
+
+
+def expected(documents, tokenizer, share=0.0):
+    """(training tokens, validation tokens) by a plain loop."""
+    sides, seen = ([], []), set()
+    for text in documents:
+        if text.strip() and text not in seen:
+            seen.add(text)
+            number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "big")
+            sides[number < share * 2**64].append(tokenizer.encode(text, bos=True, eos=True))
+    return sides
+
+
+def assert_holds(folder, documents):
+    reader = ShardReader(folder)
+    assert reader.read(0, len(reader)).tolist() == [token for ids in documents for token in ids]
+    assert reader.documents.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
+    assert len(reader) == sum(map(len, documents)) and reader.document_count == len(documents)
+    reader.verify()
+
+
+def content(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("unit_bytes", "workers"), [(700, 1), (4000, 2), (1 << 23, 1)])
+def test_the_result_depends_neither_on_units_nor_on_workers(mixed, documents, tokenizer, tmp_path, monkeypatch, unit_bytes, workers):
+    monkeypatch.setattr(reading, "READ_BYTES", 100)
+    monkeypatch.setattr(deduplication, "BUCKET_DOCUMENTS", 100)
+    manifest = write_shards([mixed], tokenizer, tmp_path / "shards", 3000, validation_share=0.2, workers=workers, unit_bytes=unit_bytes)
+    train, validation = expected(documents, tokenizer, 0.2)
+    assert_holds(tmp_path / "shards" / "train", train)
+    assert_holds(tmp_path / "shards" / "validation", validation)
+    assert len(validation) > 50
+    left_out = manifest["sources"][0]["left_out"]
+    copies = sum(map(bool, map(str.strip, documents))) - len(train) - len(validation)
+    assert left_out["empty"]["documents"] == 2 and left_out["duplicate"]["documents"] == copies >= 2
+    assert sorted(os.listdir(tmp_path)) == ["shards"]
+
+
+def test_parts_merge_into_what_one_run_writes(mixed, tokenizer, tmp_path, fault):
+    options = {"shard_tokens": 3000, "validation_share": 0.2, "unit_bytes": 700}
+    write_shards([mixed], tokenizer, tmp_path / "whole", **options)
+    parts = [tmp_path / f"part{number}" for number in (3, 1, 2)]
+    for number, part in zip((3, 1, 2), parts):
+        write_shards([mixed], tokenizer, part, part=(number, 3), **options)
+    assert "number 2 is not given" in fault(lambda: merge_parts(parts[:2], tmp_path / "merged"))
+    merge_parts(parts, tmp_path / "merged")
+    assert content(tmp_path / "merged") == content(tmp_path / "whole")
+    write_shards([mixed], tokenizer, tmp_path / "other", part=(2, 3), **{**options, "validation_share": 0.1})
+    assert "other validation_share" in fault(lambda: merge_parts([*parts[:2], tmp_path / "other"], tmp_path / "x"))
+    damaged = next(parts[1].rglob("*.tokens"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    assert f"{damaged} is damaged" in fault(lambda: merge_parts(parts, tmp_path / "x"))
+    assert "no part that" in fault(lambda: merge_parts([tmp_path], tmp_path / "x"))
+    for number in (1, 2):  # of which one has nothing to do
+        write_shards([mixed / "f.json"], tokenizer, tmp_path / f"small{number}", part=(number, 2))
+    assert merge_parts([tmp_path / "small1", tmp_path / "small2"], tmp_path / "small")["documents"] > 0
+    (tmp_path / "small1" / "tokenizer.model").unlink()
+    assert "tokenizer.model is missing" in fault(lambda: merge_parts([tmp_path / "small1", tmp_path / "small2"], tmp_path / "x"))
+
+
+def test_the_validation_side_stays_when_data_are_added(documents, tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(documents[:200]))
+    write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "few", validation_share=0.2)
+    (tmp_path / "0.jsonl").write_bytes(lines(documents[200:]))
+    write_shards([tmp_path / "0.jsonl", tmp_path / "a.jsonl"], tokenizer, tmp_path / "more", validation_share=0.2)
+
+    def texts(side):
+        reader = ShardReader(tmp_path / side)
+        return {tokenizer.decode(part.tolist()) for part in np.split(reader.read(0, len(reader)), reader.documents[1:-1])}
+
+    assert texts("few/train") < texts("more/train") and texts("few/validation") < texts("more/validation")
+
+
+def test_sources_by_name(documents, tokenizer, tmp_path, monkeypatch, fault):
+    pyarrow.parquet.write_table(pyarrow.table({"body": documents[:50]}), tmp_path / "train-00000.parquet")
+    (tmp_path / "set").mkdir()
+    shutil.move(tmp_path / "train-00000.parquet", tmp_path / "set")
+    (tmp_path / "a.jsonl").write_bytes(lines(documents[50:90]))
+    config = tmp_path / "sources.yaml"
+    config.write_text(yaml.safe_dump({"sources": {
+        "hub": {"dataset": str(tmp_path / "set"), "column": "body"}, "files": {"paths": [str(tmp_path / "*.jsonl")]},
+        "piped": {"paths": ["-"], "standard_input": "lines"}}}, sort_keys=False))
+    stream = io.BytesIO(b"first line\nsecond line\r\n\nfirst line\nlast line")
+    monkeypatch.setattr(sys, "stdin", type("Standard", (), {"buffer": stream}))
+    manifest = write_shards(load_sources(config), tokenizer, tmp_path / "shards", unit_bytes=1000)
+    assert_holds(tmp_path / "shards", expected([*documents[:90], "first line", "second line", "last line"], tokenizer)[0])
+    places = [(source["name"], source["first_document"], source["documents"]) for source in manifest["sources"]]
+    kept = [len(set(filter(str.strip, part))) for part in (documents[:50], documents[:90])]
+    assert places == [("hub", 0, kept[0]), ("files", kept[0], kept[1] - kept[0]), ("piped", kept[1], 3)]
+    assert manifest["sources"][2]["left_out"] == {"duplicate": {"documents": 1, "first": "standard input:4"},
+                                                  "empty": {"documents": 1, "first": "standard input:3"}}
+    for text, message in (("sources: {a: {}}", "either paths or a dataset"), ("x: 1", "holds no sources"), ("[", "is not YAML"),
+                          ("sources: {a: {paths: x}}", "needs a list"), ("sources: {a: {path: [x]}}", "unknown settings (path)")):
+        config.write_text(text)
+        assert message in fault(lambda: load_sources(config))
+    missing = [NamedSource("x", dataset=str(tmp_path / "none"))]
+    assert "cannot read the data set" in fault(lambda: write_shards(missing, tokenizer, tmp_path / "x"))
+
+
+BAD = [
+    ("a.jsonl", b'{"text": "good"}\n{"text": "b\xff"}\n{"text": "a\\ud800"}\n\0\0\n{"text": 5}\n{"body": 1}\n[1]\n{"text": "x"\n'
+     + b"[" * 20000 + b'\n{"text": null}\n{"text": "end"}',
+     {"not UTF-8": (1, "a.jsonl:2"), "lone surrogate": (1, "a.jsonl:3"), "not JSON": (3, "a.jsonl:4"), "not text": (1, "a.jsonl:5"),
+      "no column": (1, "a.jsonl:6"), "not an object": (1, "a.jsonl:7"), "empty": (1, "a.jsonl:10")}),
+    ("b.jsonl.gz", gzip.compress(lines(["good", "end"]) + b" " * 9, mtime=0)[:-9], {"unreadable": (1, "b.jsonl.gz:3")}),
+    ("c.txt.zst", zstandard.compress(b"text" * 99)[:-5], {"unreadable": (1, "c.txt.zst")}),
+    ("d.txt", b"a\0b", {"binary": (1, "d.txt")}),
+    ("e.txt", b"\xff\xfe", {"not UTF-8": (1, "e.txt")}),
+    ("f.parquet", b"PAR1", {"unreadable": (1, "f.parquet:1")}),
+    ("g.json", b'[{"text": "x"},', {"not JSON": (1, "g.json:1")}),
+]
+
+
+@pytest.mark.parametrize("unit_bytes", [400, 1 << 23])
+@pytest.mark.parametrize(("name", "damage", "reasons"), BAD, ids=[name for name, _, _ in BAD])
+def test_what_cannot_be_read_is_counted_and_named(tokenizer, tmp_path, unit_bytes, name, damage, reasons):
+    (tmp_path / "0.txt").write_text("whole")
+    (tmp_path / name).write_bytes(damage)
+    manifest = write_shards([tmp_path], tokenizer, tmp_path / "out", unit_bytes=unit_bytes)
+    good = ["whole", *(["good", "end"] if b"good" in damage or name == "b.jsonl.gz" else [])]
+    assert_holds(tmp_path / "out", expected(good, tokenizer)[0])
+    found = {reason: (facts["documents"], Path(facts["first"].split(" (")[0]).name)
+             for reason, facts in manifest["sources"][0]["left_out"].items()}
+    assert found == reasons
+
+
+@pytest.mark.parametrize("cases", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_damage_is_never_a_crash(tokenizer, mixed, tmp_path, monkeypatch, cases):
+    """And never read in another way when the units are others."""
+    monkeypatch.setattr(reading, "READ_BYTES", 300)
+    draw = random.Random(cases)
+    for number in range(cases):
+        original = draw.choice([file for file in sorted(mixed.iterdir()) if file.suffix != ".txt"])
+        damaged = bytearray(original.read_bytes())
+        for _ in range(draw.randrange(1, 30)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        del damaged[draw.randrange(len(damaged) // 2, len(damaged) + 1):]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / original.name).write_bytes(damaged)
+        (folder / "0.txt").write_text("whole")
+        manifest, other = (write_shards([folder], tokenizer, tmp_path / "out", unit_bytes=unit_bytes, overwrite=True)
+                           for unit_bytes in (draw.choice((500, 5000)), 1 << 23))
+        assert manifest["files"] == other["files"] and manifest["documents"] >= 1
+        counts, others = ({reason: facts["documents"] for reason, facts in facts["sources"][0]["left_out"].items()}
+                          for facts in (manifest, other))
+        assert counts == others and manifest["documents"] + sum(counts.values()) >= 2
+
+
+def test_wrong_columns_and_nothing_to_read(tokenizer, tmp_path, fault):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"]}), tmp_path / "a.parquet")
+    text = fault(lambda: write_shards([tmp_path], tokenizer, tmp_path / "out"))
+    assert "no text in text (2 no column, the first is " in text and "a.parquet (body)" in text
+    assert "out of range" in fault(lambda: write_shards([tmp_path], tokenizer, tmp_path / "out", validation_share=0.6))
+    assert "no part 3/2" in fault(lambda: write_shards([tmp_path], tokenizer, tmp_path / "out", part=(3, 2)))
+    assert "parts" in fault(lambda: write_shards(["-"], tokenizer, tmp_path / "out", part=(1, 2)))
+    assert "validation side" in fault(lambda: write_shards([tmp_path], tokenizer, tmp_path / "out", column="body", validation_share=1e-9))
+    assert os.listdir(tmp_path) == ["a.parquet"]
+
+
+def test_long_lines_and_documents_are_encoded_as_a_whole(tokenizer, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("rdtrain.data.encoding.SEGMENT_CHARACTERS", 100)
+    monkeypatch.setattr("rdtrain.data.encoding.BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(reading, "PIECE_CHARACTERS", 70)
+    monkeypatch.setattr(reading, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(units, "LONGEST_LINE", 5000)
+    line = " ".join(texts[0].split()) + "     " + texts[1]
+    (tmp_path / "a.txt").write_text("short")
+    (tmp_path / "b.txt").write_text(line)
+    (tmp_path / "c.txt").write_text(line + "\0")  # taken back after much of it has been written
+    (tmp_path / "d.txt").write_text("end")
+    for name, pack in (("e.jsonl", bytes), ("f.jsonl.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(pack(lines([line[:900], "x" * 6000, name])))
+    manifest = write_shards([tmp_path], tokenizer, tmp_path / "out", unit_bytes=200)
+    assert_holds(tmp_path / "out", expected(["short", line, "end", line[:900], "e.jsonl", "f.jsonl.gz"], tokenizer)[0])
+    left_out = manifest["sources"][0]["left_out"]
+    assert (left_out["binary"]["documents"], left_out["too long"]["documents"], left_out["duplicate"]["documents"]) == (1, 2, 1)
+    assert left_out["too long"]["first"].startswith(f"{tmp_path}/e.jsonl:2")
+
+
+def test_segments_lose_nothing():
+    for text in ("x" * 3 * SEGMENT_CHARACTERS, " " * 3 * SEGMENT_CHARACTERS, "a b" * SEGMENT_CHARACTERS, ""):
+        parts = list(segments(text))
+        assert "".join(parts) == text and max(map(len, parts)) <= SEGMENT_CHARACTERS
+
+
+def test_other_settings_or_inputs_are_not_continued(tokenizer, tmp_path, monkeypatch, fault):
+    (tmp_path / "a.jsonl").write_bytes(lines(["a", "b"]))
+    with monkeypatch.context() as broken:
+        broken.setattr("rdtrain.data.sharding._write_result", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+        assert "(no space); make room" in fault(lambda: write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out"))
+    other = fault(lambda: write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", validation_share=0.1))
+    assert "with other validation share;" in other
+    (tmp_path / "a.jsonl").write_bytes(lines(["a", "c"]))
+    assert "inputs (they have changed" in fault(lambda: write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out"))
+    shutil.rmtree(tmp_path / ".out.unfinished")
+    write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_what_is_streamed_must_be_the_same_to_continue(tokenizer, tmp_path, monkeypatch, fault):
+    def shard(content, fail=False):
+        monkeypatch.setattr(sys, "stdin", type("Standard", (), {"buffer": io.BytesIO(content)}))
+        if fail:
+            monkeypatch.setattr("rdtrain.data.sharding._write_result", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        return write_shards(["-"], tokenizer, tmp_path / "out")
+
+    with monkeypatch.context() as monkeypatch:
+        fault(lambda: shard(lines(["a", "b"]), fail=True))
+    assert "standard input does not give what it gave before" in fault(lambda: shard(lines(["a", "c"])))
+    assert shard(lines(["a", "b"]))["documents"] == 2
+
+
+def kill_and_continue(input_folder, tokenizer, output, kills, seed):
+    """Starts the process again and again, and kills it or one of its workers at a random moment, until so many kills are done."""
+    draw = random.Random(seed)
+    command = [sys.executable, str(PROCESS), str(input_folder), str(tokenizer.file), str(output)]
+    finished = 0
+    while kills:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        victim = psutil.Process(process.pid)
+        time.sleep(draw.uniform(0.2, 2.5))
+        workers = victim.children() if process.poll() is None else []
+        if process.poll() is None:
+            (draw.choice(workers) if workers and draw.random() < 0.3 else victim).send_signal(signal.SIGKILL)
+            kills -= 1
+        if process.wait() == 0:
+            finished += 1
+            shutil.rmtree(output)
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return finished
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_change_nothing(mixed, tokenizer, tmp_path, kills):
+    write_shards([mixed], tokenizer, tmp_path / "whole", shard_tokens=2000, validation_share=0.2, unit_bytes=2000)
+    kill_and_continue(mixed, tokenizer, tmp_path / "killed", kills, seed=kills)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["killed", "whole"]
+
+
+def test_units_are_the_same_each_time(mixed):
+    first, again = (list(Inputs([NamedSource("a", (str(mixed),))], 700).units()) for _ in range(2))
+    assert first == again and [unit.number for unit in first] == list(range(len(first)))
+    assert sum(unit.input_bytes for unit in first) == pytest.approx(sum(file.stat().st_size for file in mixed.iterdir()), rel=0.02)
+
+
+class Stopped(BaseException):
+    """What a kill is played by where everything happens in one process."""
+
+
+@pytest.fixture(scope="module")
+def stop_at():
+    """stop_at(n, folder) raises Stopped when a file in the folder is to be created, renamed or deleted for the n-th time, from 0; n
+    negative: never. Its `seen` counts those times."""
+    def arm(number, folder):
+        arm.seen, arm.number, arm.folder = 0, number, str(folder)
+
+    def hook(event, arguments):
+        if not event.startswith(("open", "os.", "shutil.rmtree")) or arm.folder is None or not str(arguments[0]).startswith(arm.folder):
+            return
+        if event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove") or event == "open" and str(arguments[1])[:1] in "wxa+":
+            arm.seen += 1
+            if arm.seen == arm.number + 1:
+                arm.folder = None
+                raise Stopped
+
+    arm.folder = None
+    sys.addaudithook(hook)
+    yield arm
+    arm.folder = None
+
+
+@pytest.mark.parametrize("share", [0.15, pytest.param(1, marks=pytest.mark.slow)])
+def test_stopped_before_any_change_on_disk_it_continues(documents, tokenizer, tmp_path, stop_at, share):
+    """A share of all the moments at which a file appears, moves or goes, the replacing of an old output among them."""
+    (tmp_path / "a.jsonl").write_bytes(lines(documents[:30] + documents[:3]))
+    options = {"shard_tokens": 500, "unit_bytes": 1000, "validation_share": 0.3, "overwrite": True}
+    (tmp_path / "whole" / "train").mkdir(parents=True)
+    (tmp_path / "whole" / "train" / "manifest.json").write_text("old")
+    stop_at(-1, tmp_path)
+    write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "whole", **options)
+    moments, whole, draw = stop_at.seen, content(tmp_path / "whole"), random.Random(0)
+    assert moments > 50
+    for number in range(moments):
+        if draw.random() >= share:
+            continue
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out" / "train").mkdir(parents=True)
+        (tmp_path / "out" / "train" / "manifest.json").write_text("old")
+        stop_at(number, tmp_path)
+        with pytest.raises(Stopped):
+            write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", **options)
+        stop_at.folder = None
+        time.sleep(0.05)  # zarr's threads write on, which they would not after a kill
+        unfinished = not (tmp_path / ".out.unfinished" / "complete").exists()
+        for folder in tmp_path.glob(".out.unfinished/result/*/arrays.zarr/tokens/c") if unfinished else ():
+            (folder / "half-written.partial").write_text("what a kill would have left")
+        if (tmp_path / "out").exists():
+            assert content(tmp_path / "out") in (whole, {"train/manifest.json": b"old"}), number
+        write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", **options)
+        assert content(tmp_path / "out") == whole, number
+        assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out", "whole"], number
