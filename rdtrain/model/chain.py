@@ -32,7 +32,9 @@ class Chain:
     random: of the last position, after a call. iterations_used: int64 [B] of the last call, or None where all K
     ran: without an exit, and over more than one new position, which is the prompt. observe: called, where it is set, with the states of
     a call: of a denoising model at each iteration the last position's, [B, 1, d], and the logits [B, 1, V] of that iteration; of another
-    the new positions' before the first iteration and after each, [B, n, d], and None.
+    the new positions' before the first iteration and after each, [B, n, d], and None. shapes_last: whether the prior of the last
+    iteration is sharpened and cut as those before it; who samples from its logits himself sets it to False. (At temperature 0 there is
+    nothing to draw: the logits are then the last iteration's prior.)
     """
 
     def __init__(self, model: RecurrentDepthLM, iterations: int, sampling: Sampling, cache: KeyValueCache | None, random: TextRandom):
@@ -42,7 +44,7 @@ class Chain:
         self._model, self.iterations, self._sampling, self._cache, self._random = model, iterations, sampling, cache, random
         self._ids: Tensor | None = None  # without a cache: all tokens so far
         self._length = 0
-        self._shapes_priors = False
+        self._shapes_priors, self.shapes_last = False, True
         self.random = self.iterations_used = None
         self.observe: Callable[[Tensor, Tensor | None], None] | None = None
 
@@ -157,7 +159,9 @@ class DenoisingChain(Chain):
         else:
             slots = self._cache and self._cache.coda[0 if from_core else k]
             hidden = self._model.coda(state, self._levels[k].conditioning, slots)
-        return self._logits(hidden[:, -1:], evidence if evidence is None else evidence[:, -1:], k, last, self._shapes_priors), hidden
+        greedy = last and self._sampling.temperature == 0  # the prior's mode, not what the noise makes of it
+        shaped = self._shapes_priors and not greedy and (self.shapes_last or not last)
+        return self._logits(hidden[:, -1:], None if evidence is None or greedy else evidence[:, -1:], k, last, shaped), hidden
 
     def _logits(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool, shaped: bool) -> Tensor:
         from_core = self._sampling.chain_readout == "core" and not last

@@ -5,6 +5,7 @@ padding among them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class RecurrentDepthCache(Cache):
         super().__init__(layers=[])
         self.capacity, self.iterations_used = capacity, None
         self._chain: Chain | None = None
+        self._drawing: dict[str, float] = {}
 
     @property
     def started(self) -> bool:
@@ -50,7 +52,22 @@ class RecurrentDepthCache(Cache):
         self._seeds, self.capacity = seeds, capacity
         self._cache = make_cache(model, iterations, sampling, len(seeds), capacity, model.embedding.weight)
         self._cache.place.padding = padding
-        self._chain = make_chain(model, self._noise, iterations, sampling, self._cache, TextRandom(seeds))
+        self._make_chain()
+
+    def _make_chain(self) -> None:
+        sampling = replace(self.sampling, **self._drawing)
+        self._chain = make_chain(self._model, self._noise, self.iterations, sampling, self._cache, TextRandom(self._seeds))
+        self._chain.shapes_last = False
+
+    def draw_with(self, **settings: float) -> None:
+        """Sharpen and cut the prior of each iteration by these of a `Sampling`: temperature, top_k, top_p, min_p.
+
+        The last iteration's is left to whoever draws from its logits.
+        """
+        if settings != self._drawing:
+            self._drawing = settings
+            if self.started:
+                self._make_chain()
 
     @torch.no_grad()
     def _remake(self, rows: Tensor | None, capacity: int) -> None:

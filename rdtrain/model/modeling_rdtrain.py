@@ -6,7 +6,8 @@ of the files beside this one. `forward` answers two questions:
 - without a cache, how likely a text is: logits of all positions in one pass from pure noise (K iterations of an unrolled model), which
   are honest next-token distributions, and with labels their mean cross-entropy;
 - with one (`use_cache=True` or `past_key_values`), what comes next: the last of K iterations' logits for the last position alone, from
-  which `generate` draws with whatever samplers it is given.
+  which `generate` draws with whatever samplers it is given. (Temperature, top-k, top-p and min-p also act on the priors of the iterations
+  before: what those have settled no later sampler can change.)
 
 All noise is a function of a sequence's seed and its own positions: a padded batch gives what each prompt alone gives.
 """
@@ -326,6 +327,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
         else:
             cache._is_user_defined = True  # as transformers marks it
+        model_kwargs["past_key_values"].draw_with(**_drawing(generation_config))
         copies = 1 if generation_config.num_beams > 1 else generation_config.num_return_sequences
         beams, seed = generation_config.num_beams, model_kwargs.get("seed")
         if seed is None:
@@ -340,6 +342,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
 CHAIN_SETTINGS = {field.name for field in fields(Sampling)} - {"temperature", "top_k", "top_p", "min_p"}
 """What of a Sampling `forward` takes: the rest is done by transformers' samplers."""
+
+
+def _drawing(config) -> dict[str, float]:
+    """What transformers' samplers are told, as a `Sampling` names it, for the iterations before the last, which they do not see."""
+    if config.do_sample:
+        given = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
+        return {name: value for name, value in given.items() if value is not None}
+    return {"temperature": 0.0} if config.num_beams == 1 else {}
 
 
 def _padding(mask: Tensor | None, length: int, scored: bool) -> Tensor | None:
