@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 LayerCheckpointing = Literal["none", "selective", "full"]
 
@@ -77,8 +77,13 @@ def keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:
     return Keep(kept), Reuse(kept)
 
 
+def mark(context, function, *args, **kwargs) -> CheckpointPolicy:
+    """What a compiler is told of an operation's output."""
+    return CheckpointPolicy.MUST_SAVE if is_product(function) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 # What compiled code needs: the compiler does not run these contexts, but asks them which outputs to keep.
-MARK_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
+MARK_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, mark)
 
 
 def checkpointed(how: LayerCheckpointing, layer: Callable[..., Tensor], *args) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from rdtrain.distributed import World
 from rdtrain.model.information import LEVELS, UNIT
 from rdtrain.model.noise import NoiseSettings
+from rdtrain.model.recurrent import token_losses
 from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings, build_objective
 
 K = 4
@@ -210,24 +211,25 @@ def test_equal_information_divides_by_what_was_learned_every_sixteen_steps_and_g
 
 def test_a_training_step_runs_prelude_core_and_coda_exactly_once(build_model, tokens, random_of, monkeypatch):
     model, calls = build_model(True), []
-    for name in ("prelude", "iterate", "readout", "condition"):
+    for name in ("prelude", "iterate", "coda", "condition"):
         method = getattr(model, name)
         monkeypatch.setattr(model, name, lambda *args, name=name, method=method: (calls.append(name), method(*args))[1])
     DiffusionBlocks(NoiseSettings(), 32)(model, tokens, random_of(INDICES)).value.backward()
-    assert sorted(calls) == ["condition", "iterate", "prelude", "readout"]
+    assert sorted(calls) == ["coda", "condition", "iterate", "prelude"]
 
 
 @pytest.fixture
 def sequence_losses(build_model, tokens, random_of, monkeypatch):
-    """(noised targets' clean part y, losses [6, 8]) of one training pass, both in its graph."""
+    """(noised targets' clean part y, losses [6, 8] of the state that the loss is taken of) of one training pass, both in its graph."""
     model, seen = build_model(True), {}
-    unit_embedding, losses = model.unit_embedding, model.losses
+    unit_embedding, loss = model.unit_embedding, model.loss
 
-    def remember(name, function):
-        return lambda *args: seen.setdefault(name, function(*args))
+    def remember_loss(state, targets, conditioning, evidence, weights):
+        seen["losses"] = token_losses(model.readout(state, conditioning, None, evidence), targets)
+        return loss(state, targets, conditioning, evidence, weights)
 
-    monkeypatch.setattr(model, "unit_embedding", remember("y", unit_embedding))
-    monkeypatch.setattr(model, "losses", remember("losses", losses))
+    monkeypatch.setattr(model, "unit_embedding", lambda ids: seen.setdefault("y", unit_embedding(ids)))
+    monkeypatch.setattr(model, "loss", remember_loss)
     DiffusionBlocks(NoiseSettings(), K)(model, tokens, random_of(INDICES))
     return seen["y"], seen["losses"]
 
