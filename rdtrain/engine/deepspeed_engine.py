@@ -111,6 +111,9 @@ class DeepSpeedEngine(Engine):
                         whole[name] = whole[name].clone()
         return whole
 
+    def close(self) -> None:
+        self._engine.destroy()
+
     def _step_norm(self) -> float | Tensor:
         return self._norm if self._stage == 0 else self._engine.optimizer._global_grad_norm
 
