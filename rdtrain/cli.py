@@ -262,6 +262,10 @@ def _add_bench(verbs) -> None:
 
 
 def _bench(arguments) -> None:
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # torch's profiler would tell when it starts and stops
+
     from .bench.command import BenchSettings, bench
     from .bench.measure import Effort
     from .config import load_config

@@ -55,7 +55,8 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     planned = cases(config, settings.compare, settings.sweep)
     known = [on_paper(case, world, vocab_size, effort) for case in planned]  # so that what is wrong is found before the first one runs
     swept = settings.sweep[0].partition("=")[0] if settings.sweep else None
-    report = {"facts": start_facts(world.device.type), "swept": swept, "effort": asdict(effort) | {"profile": str(effort.profile)}}
+    options = {"warmup": effort.warmup, "steps": effort.steps, "shards": effort.shards, "swept": swept}
+    report = {"facts": start_facts(world.device.type), **options}
     try:
         for folder in filter(None, (settings.output, effort.profile)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +113,8 @@ def _kept(settings: BenchSettings, report: dict) -> list[Measurement]:
         before = json.loads(path.read_text())
         rows = [Measurement(**row) for row in before["measurements"]]
         facts = before["facts"]
-        same = {name: facts[name] for name in ("machine", "versions")} == {name: report["facts"][name] for name in ("machine", "versions")}
-        same = same and before["effort"] == report["effort"] and before["swept"] == report["swept"]
+        same = all(facts[name] == report["facts"][name] for name in ("machine", "versions"))
+        same = same and all(before[name] == report[name] for name in report if name != "facts")
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not what this version of rdtrain bench writes: remove it, or choose another --output") from None
     if not same:

@@ -146,8 +146,6 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort, reader
     model_config = ModelConfig(**known.model)
     objective, _ = objective_and_model(config, world, model_config.vocab_size)
     start_processes(config.engine, world)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(config.run.seed)
     with device:  # at once where it belongs: the CPU would need minutes for the numbers of a large one
         model = RecurrentDepthLM(model_config)
@@ -174,9 +172,13 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort, reader
             tokens = torch.zeros(known.micro_sequences, known.sequence_length + 1, dtype=torch.int64)
             first = on_device(tokens, device), SampleRandom(seed, share, device)
             result.compile_seconds = _seconds(lambda: engine.warm_up(*first), device)
+            if cuda:  # what the compiler tried its kernels on
+                torch.cuda.empty_cache()
         result.first_step_seconds = _seconds(advance, device)
         while step < timed.start:
             advance()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         durations = _durations(advance, effort.steps, device)
         memory = {"reserved": torch.cuda.max_memory_reserved(device) if cuda else None}
         peak = torch.cuda.max_memory_allocated(device) if cuda else 0
