@@ -18,6 +18,7 @@ From text to text:
   rdtrain shard data/corpus/train.jsonl --tokenizer data/tokenizer --output data/shards/train
   rdtrain shard data/corpus/validation.jsonl --tokenizer data/tokenizer --output data/shards/validation
   deepspeed launch/train.py --config configs/quickstart.yaml  (or, in one process, rdtrain train --config ...)
+  rdtrain bench configs/quickstart.yaml --compare blocks truncated    (what a step costs, before or after)
   rdtrain compare runs/quickstart/blocks runs/quickstart/bptt --output runs/quickstart
   rdtrain evaluate runs/quickstart/blocks runs/quickstart/bptt --shards data/shards/validation --output runs/quickstart/evaluation
   rdtrain export runs/quickstart/blocks --output runs/quickstart/model
@@ -264,7 +265,7 @@ def _add_bench(verbs) -> None:
 def _bench(arguments) -> None:
     import os
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # torch's profiler would tell when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would tell whenever it starts and stops
 
     from .bench.command import BenchSettings, bench
     from .bench.measure import Effort
