@@ -45,9 +45,9 @@ full) bench 1b $(batch_of 1) -- "${large[@]}" --compare blocks full ;;
 small) bench 70m -- --vocab-size 8192 --compare blocks one_pass truncated local full ;;
 huginn)
     bench 1b $(batch_of 1) model.width=5280 model.heads=55 model.mlp_width=17920 data.sequence_length=4096 -- --vocab-size 65536 \
-        --steps 8 --warmup 2 --compare blocks truncated "truncated objective.activation_checkpointing=true" full \
+        --steps 5 --warmup 2 --compare blocks truncated "truncated objective.activation_checkpointing=true" full \
         "full objective.activation_checkpointing=true" ;;
-batch) bench 1b -- "${large[@]}" --steps 10 --warmup 3 --compare blocks --sweep $(batch_of 1,2,4,8,12,16,24,32) ;;
+batch) bench 1b -- "${large[@]}" --steps 10 --warmup 3 --compare blocks --sweep $(batch_of 4,8,16,24,32) ;;
 iterations)
     bench 1b $(batch_of 1) -- "${large[@]}" --steps 8 --warmup 2 --compare blocks truncated full --sweep model.iterations=1,2,4,8,16,32,64 ;;
 layers) bench 1b $(batch_of 1) -- "${large[@]}" --steps 8 --warmup 2 --compare blocks truncated --sweep model.core_layers=1,2,4,8,16 ;;

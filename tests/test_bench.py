@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import statistics
 
 import numpy as np
 import pytest
@@ -92,14 +91,14 @@ def test_flops_are_of_the_depths_that_the_steps_draw(settings, config, build_mod
     objective, model_config = objective_and_model(config, World(0, 1, 0, CPU), 50)
     model = build_model(**dataclasses.asdict(model_config))
     tokens, said, counted = torch.randint(50, (4, 17)), [], []
-    for step in range(6):
+    for step, depth in ((0, 2), (2, 5), (4, 10)):
         random = SampleRandom(config.run.seed, range(4), CPU, step)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             objective(model, tokens, random).value.backward()
         counted.append(counter.get_total_flops())
         said.append(sum(step_flops(config, objective, model_config, step)))
-    assert said == counted and len(set(said)) > 2
-    assert min(objective.shared_draw(SampleRandom(config.run.seed, (), CPU, step)) for step in range(6)) < 6 < statistics.mean(counted)
+        assert objective.shared_draw(random) == depth
+    assert said == counted
 
 
 def test_what_cannot_be_measured_is_refused(config, on_cpu, tmp_path):

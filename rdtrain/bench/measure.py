@@ -34,7 +34,7 @@ from .memory import WatchedObjective, measure_memory
 from .peaks import peak_flops
 from .trace import Trace, trace_steps, write_memory_snapshot
 
-ENQUEUED, TRACED = 5, 3
+ENQUEUED, TRACED = 3, 2
 """Steps that time the host alone, and steps under the profiler."""
 
 POOL = 4
@@ -67,7 +67,8 @@ class Measurement:
     compile_seconds: of torch.compile and the first forward and backward pass, with engine.compile.
     mfu, hfu: shares of the devices' peak without and with what the backward pass computes again; None where no peak is known.
     memory: `peak` and `reserved` by rank 0's allocator, and a split, see StepMemory; the peak is that of the rank that has most.
-    estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, logits and gathered weights.
+    estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, logits and gathered weights, gradients apart; `peak`
+        weights, optimizer state, messages and the larger of passes and gradients, or both where there are several micro-batches.
     """
 
     arm: str

@@ -20,8 +20,10 @@ def name_of(row: Measurement, swept: str | None) -> str:
 
 
 def ratio(row: Measurement, rows: list[Measurement], measure) -> float | None:
-    """How many times the first arm's measure, at the same value of a sweep, a row has; None where one of them has none."""
-    first = next(other for other in rows if other.value == row.value)
+    """How many times the first arm's measure, at the same value of a sweep, a row has, or of a single arm the first value's; None where
+    one of them has none."""
+    single = len({other.arm for other in rows}) == 1
+    first = next(other for other in rows if single or other.value == row.value)
     if first.out_of_memory or row.out_of_memory or not measure(first):
         return None
     return measure(row) / measure(first)
@@ -82,7 +84,7 @@ def _notes(rows: list[Measurement]) -> list[str]:
     if first.device == "cpu":
         notes.append(
             "On the CPU there is no MFU, and no host apart from the device. Memory is what PyTorch's allocator handed out in a step, with "
-            "weights and optimizer state; what it reserves is not known."
+            "weights and optimizer state; what it reserves, and buffers that an engine keeps from step to step, are not known."
         )
     elif first.peak_flops_per_second is None:
         why = "its speed on paper is not known" if first.precision == "bfloat16" else f"peaks are of bf16, and this is {first.precision}"
