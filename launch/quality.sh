@@ -139,7 +139,7 @@ arms)
         step=$(step_seconds "$name")
         steps=$(awk "BEGIN { print int($seconds / $step) }")
         run "arms/$name-$seconds-s-seed-$seed" "$(config_of "$name")" ${arm[$name]} schedule.steps="$steps" run.seed="$seed" \
-            optimizer.learning_rate="$rate" optimizer.learning_rate_source="$folder/rates"
+            evaluation.interval=$((steps / 10)) optimizer.learning_rate="$rate" optimizer.learning_rate_source="$folder/rates"
     done ;;
 report)
     rdtrain compare "$folder"/arms/ours-*/ $(find "$folder/arms" -mindepth 1 -maxdepth 1 -type d ! -name 'ours-*' | sort) --output "$folder/report" ;;

@@ -165,35 +165,35 @@ def _ratios(arms: list[Arm]) -> list[str]:
         text += [
             f"{other.name} costs {other.training_flops_per_token / first.training_flops_per_token:.2f} times the training FLOPs a token "
             f"of {first.name}, {first.tokens_per_second / other.tokens_per_second:.2f} times the time a token and "
-            f"{other.peak_memory_bytes / max(first.peak_memory_bytes, 1):.2f} times the peak memory. At {budget:.4g} training FLOPs, "
-            f"held-out NLL is {_nll_at(first, budget):.4f} for {first.name} and {_nll_at(other, budget):.4f} for {other.name}. "
-            + _race(first, other),
+            f"{other.peak_memory_bytes / max(first.peak_memory_bytes, 1):.2f} times the peak memory. Within {budget:.4g} training FLOPs, "
+            f"held-out NLL came to {_within(first, budget):.4f} for {first.name} and {_within(other, budget):.4f} for {other.name}. "
+            + _race([arm for arm in arms if arm.objective == first.objective], other),
             "",
         ]
     return text
 
 
-def _race(first: Arm, other: Arm) -> str:
-    """How long the first takes to the NLL that the other ends with."""
+def _race(alike: list[Arm], other: Arm) -> str:
+    """The earliest evaluation of any of these arms that was no worse than the NLL that the other ends with; between evaluations nothing
+    is known."""
     goal = f"the {other.validation_nll:.4f} that {other.name} has after {other.seconds:.1f} s"
-    for (_, seconds, nll), (_, next_seconds, next_nll) in zip(first.curve, first.curve[1:]):
-        if next_nll <= other.validation_nll:
-            reached = float(np.interp(-other.validation_nll, (-nll, -next_nll), (seconds, next_seconds)))
-            return f"{first.name} reaches {goal} in {reached:.1f} s, {reached / other.seconds:.3f} of that time."
-    return f"{first.name} does not reach {goal}."
+    reached = [(seconds, nll, arm.name) for arm in alike for _, seconds, nll in arm.curve if nll <= other.validation_nll]
+    if not reached:
+        return f"{' and '.join(arm.name for arm in alike)}: never down to {goal}."
+    seconds, nll, name = min(reached)
+    return f"{name} had {nll:.4f} after {seconds:.1f} s, {seconds / other.seconds:.3f} of the time to {goal}."
 
 
-def _nll_at(arm: Arm, flops: float) -> float:
-    """The arm's curve at a number of training FLOPs, interpolated between its evaluations."""
-    budgets, _, nll = zip(*arm.curve)
-    return float(np.interp(flops, budgets, nll))
+def _within(arm: Arm, flops: float) -> float:
+    """The held-out NLL of the last evaluation within a number of training FLOPs."""
+    return [nll for budget, _, nll in arm.curve if budget <= flops * (1 + 1e-9)][-1]
 
 
 def _curves(arms: list[Arm], points: int = 8) -> list[list[str]]:
     budget = min(arm.training_flops for arm in arms)
     header = ["training FLOPs", *(arm.name for arm in arms)]
     rows = [
-        [f"{flops:.4g}", *(f"{_nll_at(arm, flops):.4f}" for arm in arms)]
+        [f"{flops:.4g}", *(f"{_within(arm, flops):.4f}" for arm in arms)]
         for flops in np.linspace(budget / points, budget, points)
     ]
     return [header, ["---"] * len(header), *rows]

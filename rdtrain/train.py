@@ -273,7 +273,12 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
             of_step = SampleRandom(seed, (), world.device, step)
             shared = (identity, step, rate, shares(step, 0), plan.objective.shared_draw(of_step), judge.total)
             answer = agree(world, f"step {step + 1}", shared, watch.stop_code)
-            run_step(engine, plan.objective, next(batches), rate, of_step, seed, step, world, judge, sums)
+            try:
+                read = next(batches)
+            except UserError as error:
+                error.everywhere = False  # a rank reads samples of its own
+                raise
+            run_step(engine, plan.objective, read, rate, of_step, seed, step, world, judge, sums)
             step += 1
             checkpoints.after_step()
             stop = answer()

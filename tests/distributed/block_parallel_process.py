@@ -5,24 +5,22 @@ with the blocks' probabilities by hand, clips by the norm as docs/method.md defi
 torch.distributed is really asked to reduce.
 """
 
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import ALONE, DEVICE, RATE, VOCABULARY, drawn, largest_difference, micro_batch, plain_adamw, run_cases
 
 from rdtrain.data.loader import rank_indices
-from rdtrain.distributed import World, leave
-from rdtrain.engine import EngineSettings, build_engine, start_processes
+from rdtrain.distributed import World
+from rdtrain.engine import EngineSettings, build_engine
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings
 from rdtrain.optimization import OptimizerSettings
 from rdtrain.randomness import SampleRandom
 
-CPU = torch.device("cpu")
-MICRO, ACCUMULATION, STEPS, BLOCKS, RATE, SEED, SHARE = 2, 2, 4, 2, 3e-3, 1301, 0.3
+MICRO, ACCUMULATION, STEPS, BLOCKS, SHARE = 2, 2, 4, 2, 0.3
 PROBABILITIES = [SHARE + (1 - SHARE) / BLOCKS] + [(1 - SHARE) / BLOCKS] * (BLOCKS - 1)
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "send", "recv", "isend", "irecv",
@@ -52,25 +50,14 @@ def build_model(told: bool) -> RecurrentDepthLM:
     torch.manual_seed(0)
     return RecurrentDepthLM(
         ModelConfig(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, coda_layers=1, iterations=6, blocks=BLOCKS,
-                    vocab_size=50, **objective_of(told).model_fields)
+                    vocab_size=VOCABULARY, **objective_of(told).model_fields)
     )
-
-
-def micro_batch(indices: range, step: int) -> tuple[torch.Tensor, SampleRandom]:
-    rows = [torch.randint(50, (9,), generator=torch.Generator().manual_seed(index)) for index in indices]
-    return torch.stack(rows), SampleRandom(SEED, indices, CPU, step)
 
 
 def slow_loop(told: bool, optimizer: OptimizerSettings, size: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, norms and final weights of a run on so many ranks, in one process."""
-    model, objectives = build_model(told), [objective_of(told, block) for block in range(BLOCKS)]
-    embedding, decay = model.embedding.weight, optimizer.weight_decay
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1 and p is not embedding], "weight_decay": decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-        {"params": [embedding], "weight_decay": decay, "lr": RATE * optimizer.embedding_scale},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=RATE, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
+    model, objectives = build_model(told).to(DEVICE), [objective_of(told, block) for block in range(BLOCKS)]
+    adamw = plain_adamw(model.parameters(), model.embedding.weight, optimizer)
     each = size // BLOCKS * MICRO * ACCUMULATION  # sequences of a block in a step; those of block 0 come first
     losses, norms = [], []
     for step in range(STEPS):
@@ -130,9 +117,11 @@ def predicted(model: RecurrentDepthLM) -> tuple[int, int, int]:
     return shared, 2 * width**2 + config.core_layers * conditioned, tensors + config.self_conditioning + 2 * config.core_readout
 
 
-def check(told: bool, clipping: float, precision: str, world: World) -> str:
+def check(case: str, world: World) -> str:
     """AssertionError where training is not the loop's; returns the largest deviations of a loss and a weight."""
-    optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=clipping, epsilon=1e-4)
+    kind, clipping, precision = case.split()
+    told = kind == "told"
+    optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=float(clipping), epsilon=1e-4)
     losses, norms, weights = slow_loop(told, optimizer, world.size)
     exact, members = precision == "fp32", world.size // BLOCKS
     shared, core, tensors = predicted(build_model(told))
@@ -149,7 +138,7 @@ def check(told: bool, clipping: float, precision: str, world: World) -> str:
                 micro_batch(indices, step)
                 for indices in rank_indices(step, world.size * MICRO * ACCUMULATION, world.size, world.rank, MICRO, BLOCKS)
             )
-            block = objective.active_block(SampleRandom(SEED, (), CPU, step))
+            block = objective.active_block(drawn(step))
             with messages() as seen:
                 results = engine.train_step(batches, RATE, block)
             expected = [("all_reduce", members, core)] if members > 1 else []
@@ -176,7 +165,7 @@ def check(told: bool, clipping: float, precision: str, world: World) -> str:
     assert norm_off < (1e-4 if exact else 0.1), f"norms {measured} and not {norms}"
     gathered = engine.weights()
     assert gathered.keys() == (weights.keys() if world.is_main else set())
-    weight_off = max([(tensor - weights[name]).abs().max().item() for name, tensor in gathered.items()], default=0.0)
+    weight_off = largest_difference(gathered, weights)
     assert weight_off < (5e-6 if exact else 3 * RATE * optimizer.embedding_scale), f"weights are off by {weight_off}"
     check_resumed(build, train, found, measured, gathered, weights, world)
     return f"{off:.1e} {norm_off:.1e} {weight_off:.1e}"
@@ -192,7 +181,7 @@ def check_resumed(build, train, found: list[float], measured: list[float], gathe
     for share in shares:
         assert {name.split("/")[0] for name in share} == {"weight", "exp_avg", "exp_avg_sq", "step"}
     model = build_model(engine.model.config.self_conditioning)
-    whole = build_engine(EngineSettings("torch"), model, objective_of(False), OptimizerSettings(), MICRO, 1, World(0, 1, 0, CPU))
+    whole = build_engine(EngineSettings("torch"), model, objective_of(False), OptimizerSettings(), MICRO, 1, ALONE)
     whole.restore(state.__getitem__)
     state = whole.snapshot()
     again, objective = build()
@@ -202,17 +191,5 @@ def check_resumed(build, train, found: list[float], measured: list[float], gathe
     assert all(resumed[name].equal(tensor) for name, tensor in gathered.items())
 
 
-def main() -> None:
-    folder = Path(sys.argv[-1])
-    world = World.from_environment()
-    start_processes(EngineSettings("block_parallel"), world)
-    for told, clipping, precision in ((False, 0.3, "fp32"), (True, 0.0, "fp32"), (False, 0.3, "bf16")):
-        deviations = check(told, clipping, precision, world)
-        if world.is_main:
-            with (folder / "right.txt").open("a") as notes:
-                print(f"told={told} clipping={clipping} {precision}: {deviations}", file=notes)
-    leave()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(("plain 0.3 fp32", "told 0.0 fp32", "plain 0.3 bf16"), check, engine="block_parallel")

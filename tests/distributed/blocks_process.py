@@ -7,20 +7,29 @@ step counts, are the same to the bit before and after each step, and a run that 
 
 import itertools
 import sys
-from pathlib import Path
 
 import torch
-from engines_process import whole_snapshot
+from processes import (
+    DEVICE,
+    RATE,
+    VOCABULARY,
+    drawn,
+    largest_difference,
+    mean_of_ranks,
+    micro_batch,
+    plain_adamw,
+    run_cases,
+    whole_snapshot,
+)
 from torch.distributed.tensor import DTensor
 
 from rdtrain.data.loader import rank_indices
-from rdtrain.distributed import World, leave
-from rdtrain.engine import EngineSettings, build_engine, deepspeed_config, start_processes
+from rdtrain.distributed import World
+from rdtrain.engine import EngineSettings, build_engine, deepspeed_config
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import DiffusionBlocks
 from rdtrain.optimization import OptimizerSettings
-from rdtrain.randomness import SampleRandom
 
 WAYS = {
     "torch": {"name": "torch"},
@@ -28,22 +37,15 @@ WAYS = {
     **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)},
     **{f"zero-{stage}-offload": {"name": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)},
 }
-CPU = torch.device("cpu")
-GLOBAL, MICRO, STEPS, BLOCKS, RATE, SEED = 8, 2, 7, 3, 3e-3, 1301
-ALONE = World(0, 1, 0, CPU)
+GLOBAL, MICRO, STEPS, BLOCKS = 8, 2, 7, 3
 
 
 def build_model() -> RecurrentDepthLM:
     torch.manual_seed(0)
     return RecurrentDepthLM(
         ModelConfig(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=1, coda_layers=1, iterations=6, blocks=BLOCKS,
-                    vocab_size=50, noise_conditioning=True)
+                    vocab_size=VOCABULARY, noise_conditioning=True)
     )
-
-
-def micro_batch(indices: range, step: int) -> tuple[torch.Tensor, SampleRandom]:
-    rows = [torch.randint(50, (9,), generator=torch.Generator().manual_seed(index)) for index in indices]
-    return torch.stack(rows), SampleRandom(SEED, indices, CPU, step)
 
 
 def snapshot(engine) -> list[tuple[int | None, list[torch.Tensor]]]:
@@ -77,20 +79,10 @@ def identical(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: list[int]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights."""
-    model, losses = build_model(), []
-
-    def adamw(parameters: list) -> torch.optim.AdamW:
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-        ]
-        if parameters[0] is model.embedding.weight:
-            embedding = groups[0]["params"].pop(0)
-            groups.append({"params": [embedding], "weight_decay": optimizer.weight_decay, "lr": RATE * optimizer.embedding_scale})
-        return torch.optim.AdamW(groups, lr=RATE, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
-
-    shared = adamw([p for name, p in model.named_parameters() if not name.startswith("cores")])
-    own = [adamw(list(core.parameters())) for core in model.cores]
+    model, losses = build_model().to(DEVICE), []
+    embedding = model.embedding.weight
+    shared = plain_adamw((p for name, p in model.named_parameters() if not name.startswith("cores")), embedding, optimizer)
+    own = [plain_adamw(core.parameters(), embedding, optimizer) for core in model.cores]
     for step, block in enumerate(blocks):
         loss = objective(model, *micro_batch(range(step * GLOBAL, (step + 1) * GLOBAL), step)).value
         model.zero_grad()
@@ -105,12 +97,14 @@ def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: 
     return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def check(settings: EngineSettings, clipping: float, world: World) -> None:
+def check(case: str, world: World) -> None:
     """AssertionError when one block trained is not what the reference says, or an idle one moved."""
+    way, precision, clipping = case.split()
+    settings, clipping = EngineSettings(**WAYS[way], precision=precision), float(clipping)
     objective = DiffusionBlocks(NoiseSettings(share_at_sigma_max=0.3), 6, blocks=BLOCKS)
     # An epsilon as large as small gradients: else Adam makes whole steps of those that rounding alone makes differ from zero.
     optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=clipping, epsilon=1e-4)
-    blocks = [objective.active_block(SampleRandom(SEED, (), CPU, step)) for step in range(STEPS)]
+    blocks = [objective.active_block(drawn(step)) for step in range(STEPS)]
     assert blocks == [1, 0, 0, 1, 2, 2, 1], f"{blocks}: block 1 idle for two steps with its momentum warm, 2 long untrained"
     losses, weights = reference(objective, optimizer, blocks)
     accumulation = GLOBAL // (MICRO * world.size)
@@ -124,7 +118,7 @@ def check(settings: EngineSettings, clipping: float, world: World) -> None:
             before = snapshot(engine)
             batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, MICRO))
             found = [loss.value.item() for loss in engine.train_step(batches, RATE, blocks[step])]
-            loss = world.sum(torch.tensor(sum(found) / len(found) / world.size)).item()
+            loss = mean_of_ranks(found, world)
             assert abs(loss - losses[step]) < (1e-5 if exact else 0.02), f"step {step}: {loss} and not {losses[step]}"
             for (block, old), (_, new) in zip(before, snapshot(engine)):
                 idle = block not in (None, blocks[step])
@@ -138,10 +132,9 @@ def check(settings: EngineSettings, clipping: float, world: World) -> None:
     for group, parameters in optimizer_groups(engine):
         own_steps = STEPS if group["block"] is None else blocks.count(group["block"])
         assert {int(engine._optimizer.state[parameter]["step"]) for parameter in parameters} == {own_steps}
-    for name, tensor in engine.weights().items():
-        difference = (tensor.float() - weights[name]).abs().max().item()
-        scale = optimizer.embedding_scale if name == "embedding.weight" else 1.0
-        assert difference < (2e-6 if exact else 3 * RATE * scale), f"{name} is off by {difference}"
+    scale = {"embedding.weight": optimizer.embedding_scale}
+    difference = largest_difference(engine.weights(), weights, lambda name: scale.get(name, 1.0))
+    assert difference < (2e-6 if exact else 3 * RATE), f"weights are off by {difference}"
 
     if not clipping:
         return  # saving and loading has nothing to do with clipping: once is enough
@@ -152,21 +145,6 @@ def check(settings: EngineSettings, clipping: float, world: World) -> None:
         assert identical(first, second), f"block {block} of a resumed run is not that of the whole one"
 
 
-def main() -> None:
-    folder = Path(sys.argv[-1])
-    world = World.from_environment()
-    start_processes(EngineSettings("deepspeed"), world)
-    sys.modules[deepspeed_config.__module__].PERSISTENT = 0  # else stage 3 would leave all of so small a model whole
-    for way, precision, clipping in itertools.product(WAYS, ("fp32", "bf16"), (0.3, 0.0)):
-        if way == "torch" and not world.is_main:
-            continue
-        case = f"{way} {precision} {clipping}"
-        check(EngineSettings(**WAYS[way], precision=precision), clipping, ALONE if way == "torch" else world)
-        if world.is_main:
-            with (folder / "right.txt").open("a") as notes:
-                print(case, file=notes)
-    leave()
-
-
 if __name__ == "__main__":
-    main()
+    sys.modules[deepspeed_config.__module__].PERSISTENT = 0  # else stage 3 would leave all of so small a model whole
+    run_cases(map(" ".join, itertools.product(WAYS, ("fp32", "bf16"), ("0.3", "0.0"))), check)

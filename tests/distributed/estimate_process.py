@@ -10,16 +10,16 @@ import importlib
 import itertools
 import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
+from processes import run_cases
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rdtrain.config import BatchSettings, Config
-from rdtrain.distributed import World, leave
-from rdtrain.engine import EngineSettings, build_engine, start_processes
+from rdtrain.distributed import World
+from rdtrain.engine import EngineSettings, build_engine
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import ObjectiveSettings, build_objective
@@ -145,22 +145,10 @@ def check(case: str, world: World) -> str:
     return " ".join(f"{deviation:.1e}" for deviation in deviations)
 
 
-def main() -> None:
-    folder = Path(sys.argv[-1])
-    world = World.from_environment()
-    start_processes(EngineSettings("deepspeed"), world)
+if __name__ == "__main__":
     settings = sys.modules["rdtrain.engine.deepspeed_config"]
     settings.BUCKET, settings.PERSISTENT = BUCKET, 1000  # real ones would hide so small a model
     importlib.import_module("rdtrain.estimate")  # which takes them over
     gc.collect()
     gc.freeze()  # what is there by now need not be searched again and again
-    for case in CASES:
-        deviations = check(case, world)
-        if world.is_main:
-            with (folder / "right.txt").open("a") as notes:
-                print(f"{case}: {deviations}", file=notes)
-    leave()
-
-
-if __name__ == "__main__":
-    main()
+    run_cases(CASES, check)

@@ -6,21 +6,19 @@ too, the steps after it tell.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import torch
+from processes import DEVICE, RATE, VOCABULARY, largest_difference, mean_of_ranks, micro_batch, plain_adamw, run_cases
 
 from rdtrain import faults
 from rdtrain.data.loader import rank_indices
-from rdtrain.distributed import World, leave
-from rdtrain.engine import EngineSettings, build_engine, start_processes
+from rdtrain.distributed import World
+from rdtrain.engine import EngineSettings, build_engine
 from rdtrain.faults import FaultSettings, StepJudge
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import DiffusionBlocks, Loss
 from rdtrain.optimization import OptimizerSettings
-from rdtrain.randomness import SampleRandom
 
 WAYS = {
     "torch": {"name": "torch"},
@@ -32,11 +30,9 @@ WAYS = {
     **{f"zero-{stage}-offload": {"name": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (1, 3)},
     **{f"zero-{stage}-bf16": {"name": "deepspeed", "zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)},
 }
-CPU = torch.device("cpu")
-GLOBAL, MICRO, STEPS, RATE, SEED = 8, 2, 8, 3e-3, 1301
+GLOBAL, MICRO, STEPS = 8, 2, 8
 BAD_SAMPLE, SPIKE_STEP = 3 * GLOBAL + 2, 5  # a sample of the second of two ranks in step 3
 OPTIMIZER = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=0.3, epsilon=1e-4)
-ALONE = World(0, 1, 0, CPU)
 
 
 class Faulty(DiffusionBlocks):
@@ -52,28 +48,15 @@ class Faulty(DiffusionBlocks):
 def build_model() -> RecurrentDepthLM:
     torch.manual_seed(0)
     return RecurrentDepthLM(
-        ModelConfig(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=1, coda_layers=1, iterations=4, vocab_size=50,
+        ModelConfig(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=1, coda_layers=1, iterations=4, vocab_size=VOCABULARY,
                     noise_conditioning=True)
     )
 
 
-def micro_batch(indices: range, step: int) -> tuple[torch.Tensor, SampleRandom]:
-    rows = [torch.randint(50, (9,), generator=torch.Generator().manual_seed(index)) for index in indices]
-    return torch.stack(rows), SampleRandom(SEED, indices, CPU, step)
-
-
 def reference() -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of the steps that count, and the weights at the end."""
-    model, objective, losses = build_model(), Faulty(NoiseSettings(), 4), []
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [model.embedding.weight], "lr": RATE * OPTIMIZER.embedding_scale, "weight_decay": OPTIMIZER.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() > 1 and p is not model.embedding.weight],
-             "weight_decay": OPTIMIZER.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=RATE, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.epsilon,
-    )
+    model, objective, losses = build_model().to(DEVICE), Faulty(NoiseSettings(), 4), []
+    optimizer = plain_adamw(model.parameters(), model.embedding.weight, OPTIMIZER)
     for step in range(STEPS):
         if step in (BAD_SAMPLE // GLOBAL, SPIKE_STEP):
             continue
@@ -102,7 +85,7 @@ def check(way: str, world: World) -> None:
         batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, MICRO))
         values = [loss.value.item() for loss in engine.train_step(batches, RATE, None, judge)]
         judge.note(step + 1, RATE)
-        loss = world.sum(torch.tensor(sum(values) / len(values) / world.size)).item()
+        loss = mean_of_ranks(values, world)
         same = all(tensor.equal(before[name]) for name, tensor in engine.weights().items())
         bad = step in (BAD_SAMPLE // GLOBAL, SPIKE_STEP)
         assert bool(judge.skipped) == bad, f"step {step} with loss {loss}: skipped is {judge.skipped}"
@@ -112,26 +95,11 @@ def check(way: str, world: World) -> None:
             found.append(loss)
     exact = settings.precision == "fp32"
     assert all(abs(a - b) < (1e-5 if exact else 0.02) for a, b in zip(found, right, strict=True)), f"{found}\n{right}"
-    for name, tensor in engine.weights().items():
-        difference = (tensor.float() - weights[name]).abs().max().item()
-        assert difference < (2e-6 if exact else 3 * RATE * OPTIMIZER.embedding_scale), f"{name} is off by {difference}"
+    difference = largest_difference(engine.weights(), weights)
+    assert difference < (2e-6 if exact else 3 * RATE * OPTIMIZER.embedding_scale), f"weights are off by {difference}"
     assert [step.step for step in judge.read(last_too=True)] == [BAD_SAMPLE // GLOBAL + 1, SPIKE_STEP + 1]
 
 
-def main() -> None:
-    folder = Path(sys.argv[-1])
-    world = World.from_environment()
-    start_processes(EngineSettings("deepspeed"), world)
-    faults.SETTLED = 2  # levels to compare with after two steps
-    for way in WAYS:
-        if way.startswith("torch") and not world.is_main:
-            continue
-        check(way, ALONE if way.startswith("torch") else world)
-        if world.is_main:
-            with (folder / "right.txt").open("a") as notes:
-                print(way, file=notes)
-    leave()
-
-
 if __name__ == "__main__":
-    main()
+    faults.SETTLED = 2  # levels to compare with after two steps
+    run_cases(WAYS, check)

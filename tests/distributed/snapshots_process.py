@@ -5,21 +5,20 @@ with blocks that were never trained, and the bf16 weights that an engine runs, w
 that trained alike agree as far as their sums do.
 """
 
+import functools
 import sys
-from pathlib import Path
 
 import torch
-from blocks_process import ALONE, BLOCKS, CPU, GLOBAL, MICRO, RATE, SEED, WAYS, build_model, micro_batch
-from engines_process import whole_snapshot
+from blocks_process import BLOCKS, GLOBAL, MICRO, WAYS, build_model
+from processes import ALONE, RATE, WORLD, drawn, micro_batch, run_cases, whole_snapshot
 
 from rdtrain.data.loader import rank_indices
-from rdtrain.distributed import World, leave
-from rdtrain.engine import Engine, EngineSettings, build_engine, deepspeed_config, start_processes
+from rdtrain.distributed import World
+from rdtrain.engine import Engine, EngineSettings, build_engine, deepspeed_config
 from rdtrain.engine.portable import owners
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import DiffusionBlocks
 from rdtrain.optimization import OptimizerSettings
-from rdtrain.randomness import SampleRandom
 
 STEPS = 4
 OBJECTIVE = DiffusionBlocks(NoiseSettings(), 6, blocks=BLOCKS)
@@ -38,7 +37,7 @@ def build(way: str, precision: str, world: World) -> Engine:
 def train(engine: Engine, world: World) -> None:
     for step in range(STEPS):
         batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, MICRO))
-        engine.train_step(batches, RATE, OBJECTIVE.active_block(SampleRandom(SEED, (), CPU, step)))
+        engine.train_step(batches, RATE, OBJECTIVE.active_block(drawn(step)))
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -59,8 +58,17 @@ def marked(snapshot: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return changed
 
 
-def check(way: str, precision: str, world: World, right: dict[str, torch.Tensor]) -> str:
+@functools.cache
+def right_snapshot() -> dict[str, torch.Tensor]:
+    """What one process without any sharding ends with."""
+    reference = build("torch", "fp32", ALONE)
+    train(reference, ALONE)
+    return reference.snapshot()
+
+
+def check(way: str, precision: str, world: World) -> str:
     """AssertionError where an engine's snapshots are not what they must be; returns their largest deviation from the right one."""
+    right = right_snapshot()
     engine = build(way, precision, world)
     start = whole_snapshot(engine, world)
     model = build_model()
@@ -72,7 +80,7 @@ def check(way: str, precision: str, world: World, right: dict[str, torch.Tensor]
 
     share = engine.snapshot()
     kept = {name: tensor.clone() for name, tensor in share.items()}
-    assert all(tensor.device == CPU and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in share.values())
+    assert all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in share.values())
     train(engine, world)
     assert same_bits(share, kept), "training changed a snapshot"
     trained = whole_snapshot(engine, world)
@@ -85,31 +93,22 @@ def check(way: str, precision: str, world: World, right: dict[str, torch.Tensor]
         other.restore(saved.__getitem__)
         assert same_bits(whole_snapshot(other, world), saved), "a restored engine gives another snapshot"
         for name, weight in other.weights().items():
-            assert weight.dtype == dtype and weight.equal(saved[f"weight/{name}"].to(dtype)), f"{name} is not the restored one"
+            assert weight.dtype == dtype and weight.cpu().equal(saved[f"weight/{name}"].to(dtype)), f"{name} is not the restored one"
         other.held_out_nll(*micro_batch(range(2), 0))  # gathers weights, which a second restore must not leave in place
     return f"{off:.1e}"
 
 
-def main() -> None:
-    folder, world = Path(sys.argv[-1]), World.from_environment()
-    start_processes(EngineSettings("deepspeed"), world)
-    sizes = {name: parameter.numel() for name, parameter in build_model().named_parameters()}
-    share = sum(size for name, size in sizes.items() if owners(sizes, world.size)[name] == world.rank)
-    assert share <= sum(sizes.values()) / world.size + max(sizes.values())
-    reference = build("torch", "fp32", ALONE)
-    train(reference, ALONE)
-    right = reference.snapshot()
-    for way, precision in [(way, "fp32") for way in WAYS] + [(way, "bf16") for way in ROUNDED]:
-        if way == "torch" and not world.is_main:
-            continue
-        for persistent in (0, 100_000) if way == "zero-3" else (0,):
-            sys.modules[deepspeed_config.__module__].PERSISTENT = persistent  # nothing is left whole, or all of so small a model
-            deviation = check(way, precision, ALONE if way == "torch" else world, right)
-        if world.is_main:
-            with (folder / "right.txt").open("a") as notes:
-                print(f"{way} {precision} {deviation}", file=notes)
-    leave()
+def check_case(case: str, world: World) -> str:
+    """ZeRO-3 both with nothing left whole between steps and with all of so small a model."""
+    way, precision = case.split()
+    for persistent in (0, 100_000) if way == "zero-3" else (0,):
+        sys.modules[deepspeed_config.__module__].PERSISTENT = persistent
+        said = check(way, precision, world)
+    return said
 
 
 if __name__ == "__main__":
-    main()
+    sizes = {name: parameter.numel() for name, parameter in build_model().named_parameters()}
+    share = sum(size for name, size in sizes.items() if owners(sizes, WORLD.size)[name] == WORLD.rank)
+    assert share <= sum(sizes.values()) / WORLD.size + max(sizes.values())
+    run_cases([f"{way} fp32" for way in WAYS] + [f"{way} bf16" for way in ROUNDED], check_case)

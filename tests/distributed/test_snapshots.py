@@ -11,7 +11,7 @@ from rdtrain.train import train
 
 @pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_every_engine_gives_and_takes_the_same_snapshot(deepspeed, tmp_path, processes):
-    result = deepspeed(tmp_path, script="tests/distributed/snapshots_process.py", processes=processes, timeout=900)
+    result = deepspeed(tmp_path, script="tests/distributed/snapshots_process.py", gpus=True, processes=processes, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 14
 

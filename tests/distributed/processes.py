@@ -1,0 +1,86 @@
+"""What the scripts of this folder share: each is one of several processes that a launcher starts, and holds engines to a plain loop.
+
+They run on GPUs where each process has one of its own, else on the CPU with gloo (`deepspeed` in tests/conftest.py decides).
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rdtrain.distributed import World, leave
+from rdtrain.engine import EngineSettings, start_processes
+from rdtrain.optimization import OptimizerSettings
+from rdtrain.randomness import SampleRandom
+
+ARGUMENTS = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+WORLD = World.from_environment()
+DEVICE = WORLD.device
+ALONE = World(0, 1, 0, DEVICE)
+RATE, SEED, VOCABULARY = 3e-3, 1301, 50
+
+
+def micro_batch(indices: range, step: int, length: int = 8) -> tuple[Tensor, SampleRandom]:
+    """Tokens [B, length + 1] of these samples, the same in every process, and their random numbers."""
+    rows = [torch.randint(VOCABULARY, (length + 1,), generator=torch.Generator().manual_seed(index)) for index in indices]
+    return torch.stack(rows).to(DEVICE), SampleRandom(SEED, indices, DEVICE, step)
+
+
+def drawn(step: int) -> SampleRandom:
+    """What a whole step draws from."""
+    return SampleRandom(SEED, (), DEVICE, step)
+
+
+def plain_adamw(parameters: Iterable[Tensor], embedding: Tensor, optimizer: OptimizerSettings) -> torch.optim.AdamW:
+    """torch's own, as the settings have it: no decay of norms, and a rate of its own for the embedding."""
+    groups = {"matrices": [], "norms": [], "embedding": []}
+    for parameter in parameters:
+        groups["embedding" if parameter is embedding else "matrices" if parameter.dim() > 1 else "norms"].append(parameter)
+    settings = {
+        "matrices": {"weight_decay": optimizer.weight_decay},
+        "norms": {"weight_decay": 0.0},
+        "embedding": {"weight_decay": optimizer.weight_decay, "lr": optimizer.learning_rate * optimizer.embedding_scale},
+    }
+    return torch.optim.AdamW(
+        [{"params": members, **settings[name]} for name, members in groups.items() if members],
+        lr=optimizer.learning_rate, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon,
+    )
+
+
+def mean_of_ranks(values: list[float], world: World) -> float:
+    """The mean of all ranks' values, as many on each."""
+    return world.sum(torch.tensor(sum(values) / len(values) / world.size, device=DEVICE)).item()
+
+
+def whole_snapshot(engine, world: World) -> dict[str, Tensor]:
+    """The snapshot of the whole run, put together from all ranks' shares, of which none may overlap."""
+    shares = world.gather(engine.snapshot())
+    whole = {name: tensor for share in shares for name, tensor in share.items()}
+    assert len(whole) == sum(map(len, shares))
+    return whole
+
+
+def largest_difference(found: dict[str, Tensor], right: dict[str, Tensor], scale: Callable[[str], float] = lambda name: 1.0) -> float:
+    """Of any element; divided by the scale of its tensor's name. 0 where nothing was found, as on ranks that gather no weights."""
+    return max(((tensor.cpu().float() - right[name].cpu()).abs().max().item() / scale(name) for name, tensor in found.items()), default=0.0)
+
+
+def run_cases(cases: Iterable[str], check: Callable[[str, World], str | None], engine: str = "deepspeed") -> None:
+    """Check each case, those of engine torch on rank 0 alone, and write a line into right.txt, in the first argument's folder, for each
+    that was right: its name and what `check` says. Those that are there already are left out, so a long campaign may be started again.
+    engine: of those that the processes are to be started for.
+    """
+    start_processes(EngineSettings(engine), WORLD)
+    notes = Path(ARGUMENTS[0]) / "right.txt"
+    done = {line.partition(":")[0] for line in notes.read_text().splitlines()} if notes.exists() else ()
+    for case in cases:
+        alone = case.startswith("torch")
+        if case in done or (alone and not WORLD.is_main):
+            continue
+        said = check(case, ALONE if alone else WORLD)
+        if WORLD.is_main:
+            with notes.open("a") as file:
+                print(case + (f": {said}" if said else ""), file=file)
+    leave()
