@@ -1,6 +1,7 @@
 """rdtrain bench: what it says of time, FLOPs and memory, held to what is known otherwise; on the CPU."""
 
 import dataclasses
+import gc
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from rdtrain.bench.trace import covered
 from rdtrain.config import load_config, override
 from rdtrain.distributed import World
 from rdtrain.errors import UserError
+from rdtrain.model.recurrent import RecurrentDepthLM
 from rdtrain.randomness import SampleRandom
 from rdtrain.train import objective_and_model
 
@@ -44,6 +46,8 @@ def test_arms_one_after_another_with_their_memory_and_one_that_does_not_fit(conf
     arms = ["blocks", "full model.mlp_width=10000000000000", "full", "truncated objective.activation_checkpointing=true"]
     settings = BenchSettings(EFFORT, arms, vocab_size=300, output=tmp_path / "out")
     text = bench(config, settings)
+    living = [thing for thing in gc.get_objects() if type(thing) is RecurrentDepthLM and thing.config.vocab_size == 300]
+    assert not living  # what an arm leaves behind is another's memory
     report = json.loads((tmp_path / "out/bench.json").read_text())
     blocks, none, full, truncated = report["measurements"]
     assert report["complete"] and "allocate memory" in none["out_of_memory"] and "out of memory" in text

@@ -67,6 +67,7 @@ class Measurement:
     compile_seconds: of torch.compile and the first forward and backward pass, with engine.compile.
     mfu, hfu: shares of the devices' peak without and with what the backward pass computes again; None where no peak is known.
     memory: `peak` and `reserved` by rank 0's allocator, and a split, see StepMemory; the peak is that of the rank that has most.
+        `left_over` is what cases before this one have left allocated (a few MiB; ZeRO-3 leaves more); the peak is without it.
     estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, logits and gathered weights, gradients apart; `peak`
         weights, optimizer state, messages and the larger of passes and gradients, or both where there are several micro-batches.
     """
@@ -147,6 +148,7 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort, reader
     model_config = ModelConfig(**known.model)
     objective, _ = objective_and_model(config, world, model_config.vocab_size)
     start_processes(config.engine, world)
+    left_over = torch.cuda.memory_allocated(device) if cuda else 0
     torch.manual_seed(config.run.seed)
     with device:  # at once where it belongs: the CPU would need minutes for the numbers of a large one
         model = RecurrentDepthLM(model_config)
@@ -186,7 +188,7 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort, reader
         if cuda:
             result.enqueue_seconds = statistics.median(_enqueue(advance, device) for _ in range(ENQUEUED))
         split = measure_memory(advance, watched, engine.model, device)
-        memory |= asdict(split) | {"peak": int(world.maximum(max(peak, split.peak)))}
+        memory |= asdict(split) | {"peak": int(world.maximum(max(peak, split.peak) - left_over)), "left_over": left_over}
         trace = _trace(advance, case, effort, world, result.files)
         judge.read(last_too=True)
     engine.close()
