@@ -20,7 +20,7 @@ from ..data.loader import Loader, rank_indices, read_ahead
 from ..data.shards import ShardReader
 from ..distributed import World, agree, on_device
 from ..engine import build_engine, start_processes
-from ..estimate import Shares, activation_bytes, engine_memory, logit_bytes, model_on_paper
+from ..estimate import FP32, Shares, activation_bytes, engine_memory, logit_bytes, model_on_paper
 from ..faults import StepJudge
 from ..metrics import MetricSums
 from ..model.attention import attention_backend
@@ -69,7 +69,7 @@ class Measurement:
     memory: `peak` and `reserved` by rank 0's allocator, and a split, see StepMemory; the peak is that of the rank that has most.
         `left_over` is what cases before this one have left allocated (a few MiB; ZeRO-3 leaves more); the peak is without it.
     estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, logits and gathered weights, gradients apart; `peak`
-        weights, optimizer state, messages and the larger of passes and gradients, or both where there are several micro-batches.
+        weights, optimizer state, messages and the larger of passes and gradients, see docs/performance.md.
     """
 
     arm: str
@@ -122,6 +122,7 @@ def on_paper(case: Case, world: World, vocab_size: int, effort: Effort) -> Measu
     per_token = activation_bytes(model, objective, dtype.itemsize, world.device.type, config.run.seed, steps)
     passes = tokens * (per_token + logit_bytes(model, dtype.itemsize)) + memory.gathered
     kept = memory.weights + memory.optimizer_state + memory.messages
+    at_last = memory.gradients + 2 * FP32 * vocab_size * model.width  # the embedding's, as input and as head, are added last
     return Measurement(
         arm=case.arm, value=case.value, parameters=shares.whole, model=asdict(model), objective=asdict(config.objective),
         engine=asdict(config.engine), ranks=world.size, device=device_name(world.device), precision=str(dtype).removeprefix("torch."),
@@ -129,7 +130,7 @@ def on_paper(case: Case, world: World, vocab_size: int, effort: Effort) -> Measu
         sequence_length=config.data.sequence_length, tokens_per_step=config.batch.global_sequences * config.data.sequence_length,
         estimate={
             "weights": memory.weights, "gradients": memory.gradients, "optimizer_state": memory.optimizer_state, "passes": passes,
-            "peak": kept + max(memory.gradients, passes + (memory.gradients if accumulation > 1 else 0)),
+            "peak": kept + max(at_last, passes + (memory.gradients if accumulation > 1 else 0)),
         },
     )
 
