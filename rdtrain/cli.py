@@ -20,6 +20,7 @@ From text to text:
   rdtrain shard data/corpus/train.jsonl --tokenizer data/tokenizer --output data/shards/train
   rdtrain shard data/corpus/validation.jsonl --tokenizer data/tokenizer --output data/shards/validation
   deepspeed launch/train.py --config configs/quickstart.yaml  (or, in one process, rdtrain train --config ...)
+  rdtrain bench configs/quickstart.yaml --compare blocks truncated    (what a step costs, before or after)
   rdtrain compare runs/quickstart/blocks runs/quickstart/bptt --output runs/quickstart
   rdtrain evaluate runs/quickstart/blocks runs/quickstart/bptt --shards data/shards/validation --output runs/quickstart/evaluation
   rdtrain export runs/quickstart/blocks --output runs/quickstart/model
@@ -35,7 +36,8 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     jobs = (
-        _add_corpus, _add_tokenizer, _add_shard, _add_train, _add_checkpoint, _add_compare, _add_evaluate, _add_export, _add_generate
+        _add_corpus, _add_tokenizer, _add_shard, _add_train, _add_bench, _add_checkpoint, _add_compare, _add_evaluate, _add_export,
+        _add_generate,
     )
     for add in jobs:
         add(verbs)
@@ -203,6 +205,57 @@ def train_main() -> None:
     add_train_arguments(parser)
     with user_errors_as_exit():
         raise SystemExit(_train(parser.parse_args()))
+
+
+def _add_bench(verbs) -> None:
+    parser = _verb(
+        verbs, "bench", _bench, "measure what a training step costs, in time and memory",
+        "Makes some steps of a config, those of training, and says how long they take, what share of the device's speed that is, what "
+        "bounds them, and where the memory goes; nothing is learned or saved. With --compare it does so for denoising blocks and the "
+        "baselines one after another, with --sweep for several values of a setting. docs/performance.md says what each number means.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's; before the options")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before these")
+    parser.add_argument(
+        "--tokens", choices=("random", "shards"), default="random", help="what is read: random tokens, or the shards that the config names"
+    )
+    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary, with random ones (default: that of the config's shards)")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="ARM",
+        help="the config with these objectives, with ratios to the first: blocks (the config's own, if it has them), one_pass, truncated "
+        "(24 iterations without gradient and 8 with it, of 32), full or local (backpropagation through time). Overrides of an arm's own "
+        "go between its quotes: \"truncated objective.activation_checkpointing=true\"",
+    )
+    parser.add_argument(
+        "--sweep", nargs="+", default=[], metavar="section.key=A,B",
+        help="with each of these values; further keys go along: batch.micro_sequences=1,2,4 batch.global_sequences=1,2,4",
+    )
+    parser.add_argument(
+        "--profile", type=Path, metavar="FOLDER",
+        help="write a trace for chrome://tracing or perfetto.dev and, on CUDA, a memory snapshot for pytorch.org/memory_viz, and list the "
+        "ten costliest kernels",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write bench.json there and, of a sweep, sweep.png")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements that the output folder has")
+
+
+def _bench(arguments) -> None:
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would tell whenever it starts and stops
+
+    from .bench.command import BenchSettings, bench
+    from .bench.measure import Effort
+    from .config import load_config
+
+    effort = Effort(arguments.warmup, arguments.steps, arguments.tokens == "shards", arguments.profile)
+    names = ("compare", "sweep", "vocab_size", "output", "resume")
+    settings = BenchSettings(effort, **{name: getattr(arguments, name) for name in names})
+    text = bench(load_config(arguments.config, arguments.overrides), settings)
+    if text is not None:
+        print(text)
 
 
 def _add_checkpoint(verbs) -> None:

@@ -132,6 +132,14 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     return _build(Config, tree, "", str(path) if path is not None else "the command line")
 
 
+def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """A config with `section.key=value` overrides. UserError for anything wrong with them."""
+    tree = dataclasses.asdict(config)
+    for each in overrides:
+        _apply_override(tree, each)
+    return _build(Config, tree, "", "the command line")
+
+
 def config_to_yaml(config: Config) -> str:
     """The whole config, defaults included, as YAML that `load_config` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -38,7 +38,7 @@ def user_errors_as_exit() -> Iterator[None]:
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         reason = first_line(error)
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+        if out_of_memory(error):
             mend = "lower batch.micro_sequences (of rdtrain evaluate --batch or --judge-batch) or the size of the model"
             print(f"rdtrain: out of memory ({reason}): {mend}", file=sys.stderr, flush=True)
             sys.exit(2)
@@ -46,6 +46,11 @@ def user_errors_as_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("rdtrain: stopped; start the same command again", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, which torch says with a RuntimeError on every device."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def first_line(error: BaseException) -> str:

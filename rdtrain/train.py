@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import Checkpointer, load_weights, read_state, refuse_other_model
@@ -57,11 +58,7 @@ class Plan:
         shards = ShardReader(Path(config.data.train))
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
-        objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
-        _refuse_impossible(config, objective, world)
-        if config.engine.name == "block_parallel":
-            _refuse_uneven_groups(config, objective, world)
-        model = ModelConfig(**asdict(config.model), vocab_size=shards.vocab_size, **objective.model_fields)
+        objective, model = objective_and_model(config, world, shards.vocab_size)
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         tokens_per_step = config.batch.global_sequences * length
@@ -81,6 +78,15 @@ class Plan:
             flops_per_step=flops_per_step,
             total_steps=config.schedule.steps or max(1, int(config.schedule.training_flops / flops_per_step)),
         )
+
+
+def objective_and_model(config: Config, world: World, vocab_size: int) -> tuple[Objective, ModelConfig]:
+    """What a config trains, and how, with so many tokens in its vocabulary. UserError for settings that do not fit together."""
+    objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
+    _refuse_impossible(config, objective, world)
+    if config.engine.name == "block_parallel":
+        _refuse_uneven_groups(config, objective, world)
+    return objective, ModelConfig(**asdict(config.model), vocab_size=vocab_size, **objective.model_fields)
 
 
 def _refuse_impossible(config: Config, objective: Objective, world: World) -> None:
@@ -208,6 +214,23 @@ def _train(config: Config, world: World, watch: Watch) -> int:
         return _train_steps(config, plan, engine, world, watch, checkpoints, memory, facts, state)
 
 
+def run_step(engine: Engine, objective: Objective, batch: list[tuple[range, Tensor]], rate: float, of_step: SampleRandom, seed: int,
+             step: int, world: World, judge: StepJudge, sums: MetricSums) -> None:
+    """Step number `step`, counted from 0, at a learning rate: the next one of an engine and its objective. Collective.
+
+    batch: this rank's micro-batches, the numbers of their samples and int64 tokens [B, T + 1] on the CPU. of_step: the random numbers that
+    the step shares. The verdict on it is noted in judge, and its metrics are added to sums.
+    """
+    micro_batches = ((on_device(tokens, world.device), SampleRandom(seed, share, world.device, step)) for share, tokens in batch)
+    block = objective.active_block(of_step)
+    judge.block = block or 0
+    objective.before_step()
+    for loss in engine.train_step(micro_batches, rate, block, judge):
+        sums.add(loss.metrics, judge.skipped)
+    judge.note(step + 1, rate)
+    objective.after_step(step + 1, world, judge.skipped)
+
+
 def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch: Watch, checkpoints: Checkpointer, memory: PeakMemory,
                  facts: dict, state: dict) -> int:
     """The loop, from the state of a checkpoint on, or of the start; `facts` go into every checkpoint."""
@@ -259,15 +282,8 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
             except UserError as error:
                 error.everywhere = False  # a rank reads samples of its own
                 raise
-            micro_batches = ((on_device(tokens, world.device), SampleRandom(seed, share, world.device, step)) for share, tokens in read)
-            block = plan.objective.active_block(of_step)
-            judge.block = block or 0
-            plan.objective.before_step()
-            for loss in engine.train_step(micro_batches, rate, block, judge):
-                sums.add(loss.metrics, judge.skipped)
+            run_step(engine, plan.objective, read, rate, of_step, seed, step, world, judge, sums)
             step += 1
-            judge.note(step, rate)
-            plan.objective.after_step(step, world, judge.skipped)
             checkpoints.after_step()
             stop = answer()
             last = step == plan.total_steps

@@ -1,8 +1,13 @@
 """What only a CUDA device can show. These tests skip themselves where there is none."""
 
+import json
+
 import pytest
 import torch
 
+from rdtrain.bench.command import BenchSettings, bench
+from rdtrain.bench.measure import Effort
+from rdtrain.config import load_config
 from rdtrain.distributed import World, agree
 from rdtrain.engine import EngineSettings, build_engine
 from rdtrain.model.attention import attention_backend
@@ -63,3 +68,22 @@ def test_compiled_and_checkpointed_losses_stay_within_bf16_noise_of_the_plain_on
 def test_no_head_that_is_trained_goes_through_the_math_kernel(head_width):
     named = attention_backend(torch.device("cuda", 0), torch.bfloat16, head_width, 512)
     assert named in ("flash-attn", "SDPA flash", "SDPA cudnn", "SDPA efficient") and (head_width <= 256 or named == "SDPA efficient")
+
+
+def test_what_bench_says_of_a_step_fits_together(tmp_path):
+    sizes = ["model.width=512", "data.sequence_length=512", "batch.global_sequences=16", "batch.micro_sequences=16", "engine.name=torch"]
+    settings = BenchSettings(
+        Effort(3, 5, profile=tmp_path / "traces"), ["blocks", "full model.mlp_width=10000000", "truncated"], vocab_size=8192,
+        output=tmp_path / "out",
+    )
+    bench(load_config(None, sizes), settings)
+    blocks, none, truncated = json.loads((tmp_path / "out/bench.json").read_text())["measurements"]
+    assert "out of memory" in none["out_of_memory"]
+    for row in (blocks, truncated):
+        memory, n = row["memory"], row["parameters"]
+        assert memory["weights"] == memory["gradients"] == 4 * n and memory["host"] == 0
+        # cuBLAS keeps some tens of MiB to work in
+        assert memory["peak"] == pytest.approx(12 * n + memory["passes"], abs=100 * 2**20) and memory["peak"] <= memory["reserved"]
+        assert 0 < row["busy_seconds"] < 1.05 * row["step_seconds"]["typical"] and row["enqueue_seconds"] > 0
+        assert row["attention_kernels"] and len(row["kernels"]) == 10 and len(row["files"]) == 2
+    assert truncated["memory"]["activations"] > 3 * blocks["memory"]["activations"]

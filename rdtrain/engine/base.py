@@ -121,6 +121,9 @@ class Engine(ABC):
         """Run a forward and backward pass that changes nothing, so that a first use that costs time is over."""
         raise NotImplementedError
 
+    def close(self) -> None:  # noqa: B027 (most engines keep nothing alive)
+        """Let go of what would keep this engine's memory in use after its last reference."""
+
     @abstractmethod
     def gradient_norm(self) -> float:
         """The global gradient norm of the last step, before clipping."""

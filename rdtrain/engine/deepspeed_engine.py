@@ -111,6 +111,14 @@ class DeepSpeedEngine(Engine):
                         whole[name] = whole[name].clone()
         return whole
 
+    def close(self) -> None:
+        """Nothing of the engine can be used any more."""
+        engine, zero, parameters = self._engine, self._engine.optimizer, self._parameters.values()
+        engine.destroy()
+        # Hooks that DeepSpeed leaves in autograd's graphs keep it, out of the garbage collector's sight: what they keep must be empty.
+        for thing in (zero, engine, self, *parameters):  # stage 3 keeps a rank's part as an attribute of an empty parameter
+            vars(thing).clear()
+
     def _step_norm(self) -> float | Tensor:
         return self._norm if self._stage == 0 else self._engine.optimizer._global_grad_norm
 

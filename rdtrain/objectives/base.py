@@ -110,6 +110,10 @@ class Objective(ABC):
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Operations per trained token, forward and backward."""
 
+    def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
+        """Operations per trained token that the backward pass makes once more, to save memory; `training_flops` leaves them out."""
+        return 0.0
+
     def active_block(self, random: SampleRandom) -> int | None:
         """The block that a step trains, the others standing idle: a function of (seed, step), the same for all its micro-batches on
         all ranks. None where nothing is idle, as when ranks `train_only` one each."""

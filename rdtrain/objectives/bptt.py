@@ -77,3 +77,8 @@ class BackpropagationThroughTime(Objective):
         parts = forward_flops(config, sequence_length)
         trained = self.depth.mean_of_minimum(self.trained_limit)
         return 3 * (parts.prelude + trained * parts.iterate + parts.readout) + (self.depth.mean - trained) * parts.iterate
+
+    def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
+        """With activation checkpointing each iteration that carries gradient runs forward twice."""
+        again = self.depth.mean_of_minimum(self.trained_limit) if self.activation_checkpointing else 0
+        return again * forward_flops(config, sequence_length).iterate

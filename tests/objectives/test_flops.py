@@ -79,8 +79,8 @@ def test_what_activation_checkpointing_computes_again_is_run_but_not_counted(bui
     plain, checkpointed = fixed_depth(5, 3), fixed_depth(5, 3, activation_checkpointing=True)
     assert checkpointed.training_flops(model.config, 8) == plain.training_flops(model.config, 8)
     actual = counted(lambda: checkpointed(model, tokens, random_of(range(2))).value.backward())
-    again = 3 * forward_flops(model.config, 8).iterate
-    assert actual == (plain.training_flops(model.config, 8) + again) * 2 * 8
+    assert plain.recomputed_flops(model.config, 8) == 0
+    assert actual == (plain.training_flops(model.config, 8) + checkpointed.recomputed_flops(model.config, 8)) * 2 * 8
 
 
 @pytest.mark.parametrize("settings, limit", [({}, 8), ({"gradient": "full"}, math.inf), ({"gradient": "local"}, 1)])
@@ -131,6 +131,12 @@ def test_training_counts_with_an_iteration_before_and_a_core_readout_are_exact_b
     actual = counted(lambda: objective(model, ids(4, 9), random_of(range(4))).value.backward())
     unneeded = 2 * 128 * 128 * 4 * (8 if level_per == "token" else 1)
     assert objective.training_flops(model.config, 8) * 4 * 8 - unneeded == pytest.approx(actual, rel=1e-12)
+
+
+def test_idle_blocks_cost_nothing(build_model, random_of):
+    model, objective = build_model(True, blocks=2), DiffusionBlocks(NoiseSettings(), 4, blocks=2)
+    actual = counted(lambda: objective(model, ids(3, 9), random_of(range(3))).value.backward())
+    assert objective.training_flops(model.config, 8) * 3 * 8 - 2 * 128 * 128 * 3 == pytest.approx(actual, rel=1e-12)
 
 
 def test_the_unneeded_gradient_is_nothing_at_the_size_of_a_real_run(build_model):

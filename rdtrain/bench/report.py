@@ -1,0 +1,166 @@
+"""Measurements as people read them: two tables, the costliest kernels, and a plot of a sweep."""
+
+from pathlib import Path
+
+from .measure import Measurement
+
+GIB = 2**30
+
+
+def tables(rows: list[Measurement], swept: str | None) -> str:
+    """Time, memory and kernels of all measurements, and what has to be said beside the numbers. swept: the key of a sweep."""
+    parts = [_time(rows, swept), _memory(rows, swept)]
+    parts += [_kernels(row, swept) for row in rows if row.kernels]
+    return "\n\n".join([*parts, *_notes(rows)])
+
+
+def name_of(row: Measurement, swept: str | None) -> str:
+    """The arm and, in a sweep, the value."""
+    return row.arm if row.value is None else f"{row.arm}, {swept}={row.value}"
+
+
+def ratio(row: Measurement, rows: list[Measurement], measure) -> float | None:
+    """How many times the first arm's measure, at the same value of a sweep, a row has, or of a single arm the first value's; None where
+    one of them has none."""
+    single = len({other.arm for other in rows}) == 1
+    first = next(other for other in rows if single or other.value == row.value)
+    if first.out_of_memory or row.out_of_memory or not measure(first):
+        return None
+    return measure(row) / measure(first)
+
+
+def seconds_per_token(row: Measurement) -> float:
+    """Of all ranks together."""
+    return 1 / row.tokens_per_second
+
+
+def _time(rows: list[Measurement], swept: str | None) -> str:
+    header = [
+        "", "ms/step", "p10 to p90", "tokens/s", "model TFLOP/s", "MFU", "HFU", "host ms", "busy ms", "bound by", "compile s", "time x",
+    ]
+    lines = []
+    for row in rows:
+        if row.out_of_memory:
+            lines.append([name_of(row, swept), "out of memory"] + [""] * (len(header) - 2))
+            continue
+        step = row.step_seconds
+        lines.append([
+            name_of(row, swept), f"{1e3 * step['typical']:.1f}", f"{1e3 * step['p10']:.1f} to {1e3 * step['p90']:.1f}",
+            f"{row.tokens_per_second:,.0f}", f"{1e-12 * row.model_flops_per_second:.3g}", _share(row.mfu), _share(row.hfu),
+            _ms(row.enqueue_seconds), _ms(row.busy_seconds), {None: "-", True: "host", False: "device"}[row.host_bound],
+            "-" if row.compile_seconds is None else f"{row.compile_seconds:.1f}", _times(ratio(row, rows, seconds_per_token)),
+        ])
+    return columns([header, *lines])
+
+
+def _memory(rows: list[Measurement], swept: str | None) -> str:
+    kinds = ("peak", "reserved", "weights", "gradients", "optimizer_state", "activations", "passes", "host")
+    shown = [kind for kind in kinds if kind != "host" or any(row.memory.get("host") for row in rows)]
+    names = {"host": "in CPU memory"}
+    header = ["GiB", *(names.get(kind, kind.replace("_", " ")) for kind in shown), "peak by estimate", "peak x"]
+    lines = []
+    for row in rows:
+        found = [_gib(row.memory.get(kind)) for kind in shown]
+        if row.out_of_memory:
+            found[0] = "out of memory"
+        lines.append([name_of(row, swept), *found, _gib(row.estimate["peak"]), _times(ratio(row, rows, lambda row: row.memory["peak"]))])
+    return columns([header, *lines])
+
+
+def _kernels(row: Measurement, swept: str | None) -> str:
+    what = "kernels" if row.busy_seconds is not None else "operators"
+    lines = [[f"{name_of(row, swept)}: costliest {what}", "ms/step", "share", "calls"]]
+    for kernel in row.kernels:
+        name = kernel["name"] if len(kernel["name"]) <= 90 else kernel["name"][:87] + "..."
+        lines.append([name, f"{1e3 * kernel['seconds']:.2f}", _share(kernel["share"]), f"{kernel['calls']:g}"])
+    return columns(lines)
+
+
+def _notes(rows: list[Measurement]) -> list[str]:
+    first, notes = rows[0], []
+    kernels = sorted({name for row in rows for name in row.attention_kernels})
+    found = f" ({', '.join(kernels)})" if kernels and first.device != "cpu" else ""
+    notes.append(f"{first.ranks} x {first.device}, {first.precision}, attention by {first.attention}{found}.")
+    if first.device == "cpu":
+        notes.append(
+            "On the CPU there is no MFU, and no host apart from the device. Memory is what PyTorch's allocator handed out in a step, with "
+            "weights and optimizer state; what it reserves, and buffers that an engine keeps from step to step, are not known."
+        )
+    elif first.peak_flops_per_second is None:
+        why = "its speed on paper is not known" if first.precision == "bfloat16" else f"peaks are of bf16, and this is {first.precision}"
+        notes.append(f"MFU and HFU: none, as {why}.")
+    else:
+        notes.append(f"MFU and HFU are shares of {1e-12 * first.peak_flops_per_second:,.1f} TFLOP/s (bf16, dense, on paper).")
+        if any(row.busy_seconds is None and not row.out_of_memory for row in rows):
+            notes.append("The profiler saw no kernels, so how long the device is busy, and what bounds a step, is not known.")
+    skipped = [name_of(row, None) for row in rows if row.skipped_steps]
+    if skipped:
+        notes.append(f"Steps were skipped, as their loss or gradient was not finite: {', '.join(skipped)}.")
+    notes += [f"{row.arm}: out of memory: {row.out_of_memory}" for row in rows if row.out_of_memory]
+    files = [file for row in rows for file in row.files]
+    return notes + ([f"Written: {', '.join(files)}"] if files else [])
+
+
+def columns(lines: list[list[str]]) -> str:
+    """A table: the first column to the left, all others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f}"
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _gib(count: float | None) -> str:
+    return "-" if count is None else f"{count / GIB:.2f}" if count >= GIB / 10 else f"{count / GIB:.4f}"
+
+
+def _times(times: float | None) -> str:
+    return "-" if times is None else f"{times:.2f}"
+
+
+def plot_sweep(rows: list[Measurement], swept: str, path: Path) -> None:
+    """Write a PNG: time a token and peak memory against the swept quantity, a line for each arm; a cross where memory ran out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    values = list(dict.fromkeys(row.value for row in rows))
+    try:
+        places = {value: float(value) for value in values}
+    except ValueError:  # names stand side by side
+        places = {value: float(number) for number, value in enumerate(values)}
+    numbers = list(places.values())
+    far = min(numbers) > 0 and max(numbers) / min(numbers) >= 4
+    panels = (
+        ("time a token (microseconds)", lambda row: 1e6 * seconds_per_token(row)),
+        ("peak memory (GiB)", lambda row: row.memory["peak"] / GIB),
+    )
+    figure, all_axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, (label, measure) in zip(all_axes, panels):
+        for arm in dict.fromkeys(row.arm for row in rows):
+            done = [row for row in rows if row.arm == arm and not row.out_of_memory]
+            line, = axes.plot([places[row.value] for row in done], [measure(row) for row in done], marker="o", markersize=4, label=arm)
+            failed = [row for row in rows if row.arm == arm and row.out_of_memory]
+            if failed:  # at the top of the picture
+                axes.plot(
+                    [places[row.value] for row in failed], [0.98] * len(failed), "x", color=line.get_color(),
+                    transform=axes.get_xaxis_transform(), label=f"{arm}: out of memory",
+                )
+        if far:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(numbers, values)
+        axes.set(xlabel=swept, ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    all_axes[0].legend()
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)
+    temporary.replace(path)

@@ -1,0 +1,86 @@
+"""What a device does in a step, by torch's profiler: for how long it is busy, and with which kernels."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+COSTLIEST = 10
+ATTENTION = re.compile("flash|fmha|sdpa|attention", re.IGNORECASE)
+
+
+@dataclass
+class Kernel:
+    """A kernel, or on the CPU an operator, by name: how often it runs in a step, for how many seconds, and its share of all of them."""
+
+    name: str
+    calls: float
+    seconds: float
+    share: float
+
+
+@dataclass
+class Trace:
+    """Of a step, the mean over those that were profiled.
+
+    busy_seconds: CUDA: for how long the device had any kernel or copy to run; None on the CPU, and where the profiler saw no kernels.
+    kernels: the costliest, costliest first.
+    attention: names of the attention kernels among all.
+    """
+
+    busy_seconds: float | None = None
+    kernels: list[Kernel] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
+
+
+def trace_steps(step: Callable[[], None], steps: int, device: torch.device, host: bool, path: Path | None = None) -> Trace:
+    """Profile some steps. host: what the CPU does as well, which slows it. path: of a Chrome trace to write, ending in .json.gz."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] * cuda + [ProfilerActivity.CPU] * (host or not cuda)
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+    if path is not None:
+        profiler.export_chrome_trace(str(path))
+    seconds, calls, intervals = Counter(), Counter(), []
+    if cuda:
+        for event in profiler.events():
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+                intervals.append((event.time_range.start, event.time_range.end))
+                seconds[event.name] += 1e-6 * event.time_range.elapsed_us()
+                calls[event.name] += 1
+    else:
+        for average in profiler.key_averages():
+            seconds[average.key] += 1e-6 * average.self_cpu_time_total
+            calls[average.key] += average.count
+    total = sum(seconds.values())
+    kernels = [Kernel(name, calls[name] / steps, spent / steps, spent / total) for name, spent in seconds.most_common(COSTLIEST)]
+    busy = 1e-6 * covered(intervals) / steps if intervals else None
+    return Trace(busy, kernels, sorted(name for name in seconds if ATTENTION.search(name)))
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals (start, end)."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
+
+
+def write_memory_snapshot(step: Callable[[], None], path: Path) -> None:
+    """Write a step's CUDA allocations with their stacks, for https://pytorch.org/memory_viz."""
+    torch.cuda.memory._record_memory_history(max_entries=200_000)
+    try:
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.memory._dump_snapshot(str(path))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)

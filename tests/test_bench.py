@@ -1,0 +1,144 @@
+"""rdtrain bench: what it says of time, FLOPs and memory, held to what is known otherwise; on the CPU."""
+
+import dataclasses
+import gc
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import rdtrain.bench.command as command
+from rdtrain.bench.arms import cases
+from rdtrain.bench.command import BenchSettings, bench
+from rdtrain.bench.measure import Effort, step_flops
+from rdtrain.bench.peaks import peak_flops
+from rdtrain.bench.trace import covered
+from rdtrain.config import load_config, override
+from rdtrain.distributed import World
+from rdtrain.errors import UserError
+from rdtrain.model.recurrent import RecurrentDepthLM
+from rdtrain.randomness import SampleRandom
+from rdtrain.train import objective_and_model
+
+CPU = torch.device("cpu")
+EFFORT = Effort(warmup=1, steps=3)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture
+def config(tiny_config):
+    """A tiny run of denoising blocks whose shards are nowhere."""
+    path = tiny_config(
+        data={"train": "nowhere"}, batch={"global_sequences": 8, "micro_sequences": 8}, optimizer={"learning_rate": 0.01},
+        model={"width": 64, "mlp_width": 160, "iterations": 6},
+    )
+    return load_config(path)
+
+
+def test_arms_one_after_another_with_their_memory_and_one_that_does_not_fit(config, tmp_path, on_cpu, monkeypatch):
+    arms = ["blocks", "full model.mlp_width=10000000000000", "full", "truncated objective.activation_checkpointing=true"]
+    settings = BenchSettings(EFFORT, arms, vocab_size=300, output=tmp_path / "out")
+    text = bench(config, settings)
+    living = [thing for thing in gc.get_objects() if type(thing) is RecurrentDepthLM and thing.config.vocab_size == 300]
+    assert not living  # what an arm leaves behind is another's memory
+    report = json.loads((tmp_path / "out/bench.json").read_text())
+    blocks, none, full, truncated = report["measurements"]
+    assert report["complete"] and "allocate memory" in none["out_of_memory"] and "out of memory" in text
+    for row in (blocks, full, truncated):
+        n, memory = row["parameters"], row["memory"]
+        assert memory["weights"] == memory["gradients"] == 4 * n and not row["skipped_steps"]
+        assert 8 * n <= memory["optimizer_state"] <= 8 * n + 4 * 200  # and a step count for each parameter
+        assert memory["peak"] == pytest.approx(12 * n + memory["passes"], rel=0.01)
+        assert memory["peak"] == pytest.approx(row["estimate"]["peak"], rel=0.1 if row is not truncated else 0.4)
+        assert memory["passes"] == pytest.approx(row["estimate"]["passes"], rel=0.1 if row is not truncated else 0.4)
+        assert row["tokens_per_second"] == pytest.approx(8 * 16 / row["step_seconds"]["median"])
+        assert row["model_flops_per_second"] == pytest.approx(row["model_flops"] / row["step_seconds"]["median"])
+        assert row["mfu"] is row["busy_seconds"] is row["memory"]["reserved"] is None
+    assert full["hardware_flops"] == full["model_flops"] > blocks["model_flops"] and truncated["hardware_flops"] > truncated["model_flops"]
+    assert truncated["objective"]["trained_iterations"] == 6 and truncated["objective"]["depth"] == "fixed"  # min(8, K)
+    times = [line.split()[-1] for line in text.splitlines() if line.startswith("full  ")]
+    assert float(times[0]) == pytest.approx(blocks["tokens_per_second"] / full["tokens_per_second"], abs=0.006)
+    assert float(times[1]) == pytest.approx(full["memory"]["peak"] / blocks["memory"]["peak"], abs=0.006)
+
+    monkeypatch.setattr(command, "measure", None)  # which is not called again
+    assert bench(config, dataclasses.replace(settings, resume=True)) == text
+    with pytest.raises(UserError, match="with other options"):
+        bench(config, dataclasses.replace(settings, resume=True, effort=Effort(warmup=1, steps=4)))
+
+
+def test_a_sweep_with_shards_and_a_profile(tiny_config, tmp_path, rdtrain):
+    options = ("--tokens", "shards", "--steps", 2, "--warmup", 1, "--output", tmp_path / "out", "--profile", tmp_path / "traces")
+    sweep = ("--sweep", "batch.micro_sequences=1,2", "batch.global_sequences=1,4")
+    result = rdtrain("bench", tiny_config(), "model.width=16", *options, *sweep)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "out/bench.json").read_text())["measurements"]
+    assert [(row["value"], row["accumulation"], row["tokens_per_step"]) for row in rows] == [("1", 1, 16), ("2", 2, 64)]
+    assert all(len(row["kernels"]) == 10 and row["model"]["vocab_size"] == 800 for row in rows)
+    assert sum(kernel["share"] for kernel in rows[0]["kernels"]) <= 1 and rows[0]["kernels"][0]["name"] in result.stdout
+    assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "traces").glob("*.json.gz"))) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [["objective.trained_iterations=3"], ["objective.gradient=full", "objective.activation_checkpointing=true"]]
+)
+def test_flops_are_of_the_depths_that_the_steps_draw(settings, config, build_model):
+    settings = ["objective.name=bptt", "model.core_layers=1", "batch.global_sequences=4", "batch.micro_sequences=4", *settings]
+    config = override(config, settings)
+    objective, model_config = objective_and_model(config, World(0, 1, 0, CPU), 50)
+    model = build_model(**dataclasses.asdict(model_config))
+    tokens, said, counted = torch.randint(50, (4, 17)), [], []
+    for step, depth in ((0, 2), (2, 5), (4, 10)):
+        random = SampleRandom(config.run.seed, range(4), CPU, step)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            objective(model, tokens, random).value.backward()
+        counted.append(counter.get_total_flops())
+        said.append(sum(step_flops(config, objective, model_config, step)))
+        assert objective.shared_draw(random) == depth
+    assert said == counted
+
+
+def test_what_cannot_be_measured_is_refused(config, on_cpu, tmp_path):
+    for settings, words in [
+        ({}, "the number of tokens in the vocabulary is not known, as .*or give --vocab-size"),
+        ({"vocab_size": 9, "compare": ["bptt"]}, "knows no arm 'bptt': choose from blocks"),
+        ({"vocab_size": 9, "sweep": ["model.width"]}, "--sweep model.width is not of the form"),
+        ({"vocab_size": 9, "sweep": ["model.width=8,16", "model.heads=2"]}, "unequal numbers of values"),
+        ({"vocab_size": 9, "sweep": ["model.blocks=1,2"], "compare": ["full"]}, "set model.blocks=1"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            bench(config, BenchSettings(EFFORT, **settings))
+    for wrong in ({"effort": Effort(steps=0)}, {"vocab_size": 0}, {"vocab_size": 9, "effort": Effort(shards=True)}, {"resume": True}):
+        with pytest.raises(UserError):
+            BenchSettings(**wrong)
+
+
+def test_baselines_of_a_config_keep_all_but_its_objective(config):
+    config = override(config, ["objective.posterior_readout=false", "model.blocks=2", "objective.self_conditioning=true"])
+    found = {case.arm: case.config for case in cases(config, ["blocks", "local", "one_pass"], [])}
+    assert found["blocks"] == config and cases(config, [], [])[0].config == config
+    assert found["local"].objective.gradient == "local" and found["local"].model.iterations == 6 and found["one_pass"].model.iterations == 1
+    assert all(found[arm].batch == config.batch and found[arm].model.blocks == 1 for arm in ("local", "one_pass"))
+
+
+def test_the_length_of_a_union_of_intervals():
+    random = np.random.default_rng(0)
+    starts = random.integers(0, 500, 60)
+    intervals = [(int(start), int(start + length)) for start, length in zip(starts, random.integers(0, 30, 60))]
+    assert covered(intervals) == len({second for start, end in intervals for second in range(start, end)})
+
+
+def test_peaks_are_of_the_right_device():
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA GH200 480GB") == 989.4e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA H200 NVL") == peak_flops("NVIDIA H100 NVL") == 835.5e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA GB200") == 2500e12 and peak_flops("NVIDIA B200") == 2250e12
+    assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("cpu") is peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is peak_flops("Tesla V100-SXM2-16GB") is None
