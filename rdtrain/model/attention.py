@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 WIDEST_FLASH_HEAD = 256
 """Channels of a head that flash-attn, and SDPA's flash kernel, take at most."""
 
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """SDPA's kernels for whole sequences in half precision on CUDA, the first that can run first."""
 
 
