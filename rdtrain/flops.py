@@ -8,6 +8,7 @@ checkpointing computes again is no operation of the model, and is left out.
 
 from dataclasses import dataclass
 
+from .model.checkpointing import LayerCheckpointing
 from .model.recurrent import CONDITIONING_WIDTH, ModelConfig
 
 
@@ -22,20 +23,39 @@ class ForwardFlops:
     """The part of the readout that makes logits; an expected embedding costs the same."""
     condition: float
     """The noise embedding and every layer's modulation, for one noise level per sequence."""
+    layer: float
+    """One layer, without its modulation."""
+    modulation: float
+    """That of one layer, for one noise level per sequence; 0 in a model without noise levels."""
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
     """Operations per token of one pass over sequences of `sequence_length` tokens."""
     width = config.width
     layer = 2 * (4 * width**2 + 3 * width * config.mlp_width) + 4 * sequence_length * width
-    condition = 0
+    condition = modulation = 0.0
     if config.noise_conditioning:
-        modulated = config.core_layers + config.coda_layers
-        condition = 2 * (2 * CONDITIONING_WIDTH**2 + modulated * CONDITIONING_WIDTH * 4 * width) / sequence_length
+        modulation = 2 * CONDITIONING_WIDTH * 4 * width / sequence_length
+        condition = 2 * 2 * CONDITIONING_WIDTH**2 / sequence_length + (config.core_layers + config.coda_layers) * modulation
     return ForwardFlops(
         prelude=config.prelude_layers * layer,
         iterate=2 * (2 * width) * width + config.core_layers * layer,
         readout=config.coda_layers * layer + 2 * width * config.vocab_size,
         head=2 * width * config.vocab_size,
         condition=condition,
+        layer=layer,
+        modulation=modulation,
     )
+
+
+def recomputed_in_layers(config: ModelConfig, sequence_length: int, checkpointing: LayerCheckpointing, iterations: float = 1,
+                         levels: int = 1) -> float:
+    """Operations per token that layers make once more in a backward pass, by what they keep (model/checkpointing.py).
+
+    iterations: passes of the core that carry gradient; levels: noise levels per sequence. `selective` keeps all products but modulation's.
+    """
+    parts, core = forward_flops(config, sequence_length), iterations * config.core_layers
+    again = levels * (core + config.coda_layers) * parts.modulation
+    if checkpointing == "full":
+        again += (config.prelude_layers + core + config.coda_layers) * parts.layer
+    return 0.0 if checkpointing == "none" else again

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import World
+from ..flops import recomputed_in_layers
 from ..model.checkpointing import LayerCheckpointing
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
@@ -112,7 +113,7 @@ class Objective(ABC):
 
     def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Operations per trained token that the backward pass makes once more, to save memory; `training_flops` leaves them out."""
-        return 0.0
+        return recomputed_in_layers(config, sequence_length, self.layer_checkpointing)
 
     def active_block(self, random: SampleRandom) -> int | None:
         """The block that a step trains, the others standing idle: a function of (seed, step), the same for all its micro-batches on

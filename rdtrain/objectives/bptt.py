@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..flops import forward_flops
+from ..flops import forward_flops, recomputed_in_layers
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, initial_state
 from ..randomness import SampleRandom
 from .base import Loss, Objective, ObjectiveSettings, sum_and_count
@@ -80,5 +80,10 @@ class BackpropagationThroughTime(Objective):
 
     def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """With activation checkpointing each iteration that carries gradient runs forward twice."""
-        again = self.depth.mean_of_minimum(self.trained_limit) if self.activation_checkpointing else 0
-        return again * forward_flops(config, sequence_length).iterate
+        trained = self.depth.mean_of_minimum(self.trained_limit)
+        again = recomputed_in_layers(config, sequence_length, self.layer_checkpointing, trained)
+        if self.activation_checkpointing:
+            parts = forward_flops(config, sequence_length)
+            # What is left for an iteration's last layer is its input, at which PyTorch stops: it will compute itself again.
+            again += trained * (parts.iterate - (parts.layer if self.layer_checkpointing == "full" else 0))
+        return again

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import World
-from ..flops import forward_flops
+from ..flops import forward_flops, recomputed_in_layers
 from ..model.denoiser import denoise, denoise_state
 from ..model.information import InformationEstimate
 from ..model.noise import NoiseSchedule, NoiseSettings, edm_weight
@@ -166,6 +166,11 @@ class DiffusionBlocks(Objective):
         if config.posterior_readout:  # one more product with the embeddings for each readout, which has no backward pass
             flops += parts.head * (1 + self.core_readout + (self.self_conditioning or self.chain_states) / 2)
         return flops
+
+    def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
+        """The earlier iteration, which carries no gradient, keeps nothing in any case."""
+        levels = sequence_length if self.settings.level_per == "token" else 1
+        return recomputed_in_layers(config, sequence_length, self.layer_checkpointing, levels=levels)
 
     def before_step(self) -> None:
         self.information.mark()

@@ -83,6 +83,24 @@ def test_what_activation_checkpointing_computes_again_is_run_but_not_counted(bui
     assert actual == (plain.training_flops(model.config, 8) + checkpointed.recomputed_flops(model.config, 8)) * 2 * 8
 
 
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["blocks", "one level a token", "bptt", "checkpointed bptt"])
+def test_what_checkpointed_layers_compute_again_is_run_but_not_counted(how, kind, build_model, random_of, fixed_depth):
+    if kind.endswith("bptt"):
+        model, objective = build_model(False), fixed_depth(5, 3, activation_checkpointing=kind != "bptt")
+    else:
+        model, noise = build_model(True), NoiseSettings(level_per="token" if "token" in kind else "sequence")
+        objective = DiffusionBlocks(noise, 4)
+    counts, tokens = [], ids(2, 9)
+    for objective.layer_checkpointing in ("none", how):
+        model.checkpoint_layers(objective.layer_checkpointing)
+        run = counted(lambda: objective(model, tokens, random_of(range(2))).value.backward())
+        counts.append((run, objective.recomputed_flops(model.config, 8) * 2 * 8))
+    (plain, before), (actual, after) = counts
+    assert actual - plain == pytest.approx(after - before, rel=1e-12)
+    assert (after > before) == (how == "full" or not kind.endswith("bptt")), "without noise levels, `selective` computes no product again"
+
+
 @pytest.mark.parametrize("settings, limit", [({}, 8), ({"gradient": "full"}, math.inf), ({"gradient": "local"}, 1)])
 @pytest.mark.parametrize("iterations", [4, 32])
 def test_training_counts_of_a_drawn_depth_are_its_mean(settings, limit, iterations, build_model, fixed_depth):
