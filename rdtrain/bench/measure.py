@@ -120,13 +120,14 @@ def on_paper(case: Case, world: World, vocab_size: int, effort: Effort) -> Measu
     tokens = config.batch.micro_sequences * config.data.sequence_length
     steps = effort.warmup + effort.steps
     per_token = activation_bytes(model, objective, dtype.itemsize, world.device.type, config.run.seed, steps)
-    passes = tokens * (per_token + logit_bytes(model, dtype.itemsize)) + memory.gathered
+    passes = tokens * per_token + logit_bytes(model, dtype.itemsize, tokens) + memory.gathered
     kept = memory.weights + memory.optimizer_state + memory.messages
     at_last = memory.gradients + 2 * FP32 * vocab_size * model.width  # the embedding's, as input and as head, are added last
     return Measurement(
         arm=case.arm, value=case.value, parameters=shares.whole, model=asdict(model), objective=asdict(config.objective),
         engine=asdict(config.engine), ranks=world.size, device=device_name(world.device), precision=str(dtype).removeprefix("torch."),
-        attention=attention_backend(world.device, dtype), micro_sequences=config.batch.micro_sequences, accumulation=accumulation,
+        attention=attention_backend(world.device, dtype, model.head_width, config.data.sequence_length),
+        micro_sequences=config.batch.micro_sequences, accumulation=accumulation,
         sequence_length=config.data.sequence_length, tokens_per_step=config.batch.global_sequences * config.data.sequence_length,
         estimate={
             "weights": memory.weights, "gradients": memory.gradients, "optimizer_state": memory.optimizer_state, "passes": passes,

@@ -62,6 +62,11 @@ class ObjectiveSettings:
                 raise ValueError(f"{name} belongs to name={owner}, and name is {self.name}: leave it out")
         if "trained_iterations" in changed and self.gradient != "truncated":
             raise ValueError(f"trained_iterations belongs to gradient=truncated, and gradient is {self.gradient}: leave it out")
+        if self.activation_checkpointing and self.layer_checkpointing == "selective":
+            raise ValueError(
+                "layer_checkpointing=selective keeps the products of every iteration, which activation_checkpointing is there to drop: "
+                "choose one of them, or layer_checkpointing=full"
+            )
 
 
 Metrics = dict[str, tuple[Tensor, Tensor]]

@@ -53,7 +53,7 @@ FULL = [
     for checkpointing in ((False, True) if OBJECTIVES[objective]["name"] == "bptt" else (False,))
     for accumulation in (1, 4)
 ]
-CHECKPOINTING = {"activation_checkpointing": True, "layer_checkpointing": "selective"}
+CHECKPOINTING = {"activation_checkpointing": True, "layer_checkpointing": "full"}
 STEPS = {"short": 12, "full": 50}
 
 

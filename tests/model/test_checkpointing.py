@@ -50,7 +50,7 @@ def gradients(case, how, build_model, autocast):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_the_same_to_the_bit_and_selective_repeats_no_product(case, autocast, build_model):
     loss, expected, plain = gradients(case, "none", build_model, autocast)
-    for how in ("selective", "full"):
+    for how in ("full",) if "activation_checkpointing" in CASES[case] else ("selective", "full"):
         found, actual, counts = gradients(case, how, build_model, autocast)
         assert torch.equal(found, loss)
         for name, gradient in expected.items():
