@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", help="text to continue; give it several times for several texts (default: none)")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="tokens to generate at most")
     parser.add_argument("--iterations", type=int, help="K, iterations of the core per token (default: as trained)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the last iteration's distribution; 0 is greedy")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of what tokens are drawn from; 0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that make up this probability")
     parser.add_argument(
@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--chain-temperature", type=float, default=1.0, help="sharpens what each iteration of a denoising model but the last hands to "
-        "the next: below 1 the text becomes likelier and less varied, earlier than --temperature can make it"
+        "the next; with a posterior readout --temperature does that as well, and better"
     )
     parser.add_argument("--chain-top-p", type=float, default=1.0, help="as --top-p, within each iteration but the last")
     parser.add_argument("--chain-top-k", type=int, default=0, help="as --top-k, within each iteration but the last: quicker for "
