@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 # One thread a process: the tests start two workers and processes of their own.
-OMP_NUM_THREADS=1 exec python -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist worksteal "$@"

@@ -122,7 +122,9 @@ def test_the_estimate_of_what_checkpointed_layers_keep_is_what_lives_after_the_f
     for layers in (1, 3):
         model = build_model(width=64, mlp_width=160, core_layers=layers, vocab_size=30, **objective.model_fields)
         model.checkpoint_layers(how)
-        before = {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+        gc.collect()
+        old = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]  # kept, so that no id is used again
+        before = set(map(id, old))
         with torch.autocast("cpu", autocast, autocast != torch.float32):
             loss = objective(model, torch.zeros(4, 49, dtype=torch.int64), SampleRandom(0, range(4), torch.device("cpu"), 0))
         kept = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and id(thing) not in before]

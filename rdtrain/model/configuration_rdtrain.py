@@ -41,7 +41,9 @@ class RecurrentDepthConfig(PretrainedConfig):
             if self.model["noise_conditioning"] and not noise:
                 raise ValueError("it has no noise levels")
             self.noise, self.information_curve = noise or {}, information_curve
-            self.noise_schedule().levels(ModelConfig(**model).iterations)
+            schedule = self.noise_schedule()
+            if self.model["noise_conditioning"]:
+                schedule.levels(self.model["iterations"])
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"config.json does not describe a model of this code ({error}): export it again") from None
         # Sizes by the names that transformers knows are read from `model`, and not stored a second time.

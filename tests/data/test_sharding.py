@@ -282,7 +282,8 @@ def kill_and_continue(input_folder, tokenizer, output, kills, seed):
         if process.poll() is None:
             (draw.choice(workers) if workers and draw.random() < 0.3 else victim).send_signal(signal.SIGKILL)
             kills -= 1
-        if process.wait() == 0:
+        # A kill may also come when the output is whole and nothing is left to continue.
+        if process.wait() == 0 or output.exists() and not (output.parent / f".{output.name}.unfinished").exists():
             finished += 1
             shutil.rmtree(output)
     process = subprocess.run(command, capture_output=True, text=True)

@@ -54,7 +54,7 @@ FULL = [
     for accumulation in (1, 4)
 ]
 CHECKPOINTING = {"activation_checkpointing": True, "layer_checkpointing": "full"}
-STEPS = {"short": 12, "full": 50}
+STEPS = {"short": 8, "full": 50}
 
 
 def cases(length: str) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from rdtrain.cli import main
+from rdtrain.data.shards import seal_manifest
 from rdtrain.errors import UserError
 from rdtrain.evaluate.command import EvaluateSettings, evaluate
 from rdtrain.metrics import read_metrics
@@ -85,8 +86,8 @@ def test_bad_requests_are_refused_before_any_work(refused, run, shards, tmp_path
     refused(command("--samples", tmp_path / "nothing.jsonl", "--output", output), "cannot be read")
     other = shutil.copytree(shards / "validation", tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_hash": "0" * 64}))
-    refused(command(folder, "--shards", other, "--output", output), "was written with tokenizer 000000000000")
+    seal_manifest(other / "manifest.json", manifest | {"tokenizer_hash": "1" * 64})
+    refused(command(folder, "--shards", other, "--output", output), "was written with tokenizer 111111111111")
     assert not list(output.glob("samples-*"))
     (output / "report.json").write_text("{}")
     refused(command(folder, *held_out, "--prompts", 4, "--prompt-tokens", 5), "holds a report already")
