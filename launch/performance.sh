@@ -3,7 +3,8 @@
 # stopped goes on with the configs that it has not measured; remove its folder to measure it again. rdtrain must be installed (or in
 # PYTHONPATH); no data is needed.
 #
-#   bash launch/performance.sh large         850M (d 2560, 20 heads, MLP 8704, vocabulary 32,768), 8 x 2048 tokens: blocks
+#   bash launch/performance.sh large         850M (d 2560, 20 heads, MLP 8704, vocabulary 32,768), 8 x 2048 tokens: blocks, with and without
+#                                            selective checkpointing of layers
 #   bash launch/performance.sh truncated     850M, 4 x 2048: blocks against truncated BPTT
 #   bash launch/performance.sh full          850M, 1 x 2048: blocks against full BPTT of 32
 #   bash launch/performance.sh small         d 512, vocabulary 8192, 64 x 512: blocks and every baseline
@@ -39,7 +40,7 @@ batch_of() { echo "batch.micro_sequences=$1 batch.global_sequences=$1"; }
 
 stage=${1:-help}; shift || true
 case $stage in
-large) bench 1b -- "${large[@]}" ;;
+large) bench 1b -- "${large[@]}" --compare "blocks objective.layer_checkpointing=selective" blocks ;;
 truncated) bench 1b $(batch_of 4) -- "${large[@]}" --compare blocks truncated ;;
 full) bench 1b $(batch_of 1) -- "${large[@]}" --compare blocks full ;;
 small) bench 70m -- --vocab-size 8192 --compare blocks one_pass truncated local full ;;
@@ -108,7 +109,7 @@ def best():
 
 
 cases = [
-    ("850M, 8 x 2048, blocks", "498 TFLOP/s, 25.9 GiB", ">= 560 TFLOP/s, <= 20 GiB", one(speed, "large")),
+    ("850M, 8 x 2048, blocks", "498 TFLOP/s, 25.9 GiB", ">= 560 TFLOP/s, <= 20 GiB", one(speed, "large", "blocks objective.layer_checkpointing=selective")),
     ("850M, best batch, blocks", "-", ">= 600 TFLOP/s", best()),
     ("850M, 4 x 2048, truncated BPTT 24 + 8", "472 TFLOP/s, 46.5 GiB", ">= 520 TFLOP/s", one(speed, "truncated", "truncated")),
     ("truncated BPTT against blocks, 4 x 2048", "7.7 in step time", ">= 8.0", ratios("truncated", "truncated")),

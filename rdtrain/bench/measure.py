@@ -25,7 +25,7 @@ from ..faults import StepJudge
 from ..metrics import MetricSums
 from ..model.attention import attention_backend
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
-from ..objectives import Objective, ObjectiveSettings
+from ..objectives import Objective, ObjectiveSettings, build_objective
 from ..objectives.bptt import BackpropagationThroughTime
 from ..randomness import SampleRandom
 from ..train import objective_and_model, run_step
@@ -210,7 +210,7 @@ def step_flops(config: Config, objective: Objective, model: ModelConfig, step: i
         settings = config.objective
         if settings.gradient == "truncated" and settings.trained_iterations >= depth:
             settings = replace(settings, gradient="full", trained_iterations=ObjectiveSettings().trained_iterations)
-        objective = BackpropagationThroughTime(replace(settings, depth="fixed"), depth)
+        objective = build_objective(replace(settings, depth="fixed"), config.noise, depth)
     length = config.data.sequence_length
     tokens = config.batch.global_sequences * length
     return tokens * objective.training_flops(model, length), tokens * objective.recomputed_flops(model, length)
