@@ -150,11 +150,11 @@ def _train(arguments) -> int:
             "--world-size and --device belong to --dry-run and --print-deepspeed-config: leave them out, as the launcher decides how many "
             "processes there are"
         )
-    from .distributed import leave
+    from .distributed import end_process
     from .train import train
 
     code = train(config)
-    leave()
+    end_process(code)
     return code
 
 

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -202,6 +203,18 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> None:
+    """Leave the process group, if there is one, and end this process with that exit code; a process without a group goes on.
+
+    It ends at once: gloo's threads outlive the group, and one that lets go of a tensor while Python shuts down aborts the process.
+    """
+    if dist.is_initialized():
+        leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -148,7 +148,7 @@ def train(config: Config) -> int:
                 raise
             watch.end(
                 f"rank {world.rank} lost another rank in {watch.doing} ({first_line(cause)}): see what that one said; {AGAIN}",
-                watch.stop_code or 1, every_rank=True,
+                watch.lost_rank_code, every_rank=True,
             )
 
 

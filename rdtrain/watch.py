@@ -53,6 +53,11 @@ class Watch:
         self._interrupted_at: float | None = None
         self._launchers = _launchers()
 
+    @property
+    def lost_rank_code(self) -> int:
+        """What to exit with where another rank is lost: as that rank does, if both hung in this work and it was only the first to end."""
+        return self.stop_code or (HUNG if self._reported else 1)
+
     def work(self, name: str) -> None:
         """What the rank does from now on; the clock starts anew."""
         self.doing, self._since, self._reported = name, time.monotonic(), False

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from rdtrain.checkpoint import Checkpointer, CheckpointSettings
 from rdtrain.checkpoint_storage import checkpoint_folder, checkpoint_steps, find_damage
-from rdtrain.distributed import World, leave, start_process_group
+from rdtrain.distributed import World, end_process, start_process_group
 from rdtrain.errors import UserError
 
 FOLDER = Path(sys.argv[-1])
@@ -111,7 +111,7 @@ def main() -> None:
     assert sentences[0] == sentences[1] and "none of the 3 checkpoints" in sentences[0]
     if world.is_main:
         (FOLDER / "right.txt").write_text("both ranks\n")
-    leave()
+    end_process(0)
 
 
 main()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rdtrain.distributed import World, leave
+from rdtrain.distributed import World, end_process
 from rdtrain.engine import EngineSettings, start_processes
 from rdtrain.optimization import OptimizerSettings
 from rdtrain.randomness import SampleRandom
@@ -83,4 +83,4 @@ def run_cases(cases: Iterable[str], check: Callable[[str, World], str | None], e
         if WORLD.is_main:
             with notes.open("a") as file:
                 print(case + (f": {said}" if said else ""), file=file)
-    leave()
+    end_process(0)
