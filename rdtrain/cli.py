@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .data.commands import add_shard, join_action
 from .errors import UserError, user_errors_as_exit
+from .plan.command import add_plan
 
 DESCRIPTION = """\
 Train recurrent-depth language models as denoising blocks (DiffusionBlocks), compare them with
@@ -19,6 +20,7 @@ From text to text:
   rdtrain tokenizer train data/corpus/train.jsonl --output data/tokenizer --vocab-size 4096
   rdtrain shard data/corpus/train.jsonl --tokenizer data/tokenizer --output data/shards/train
   rdtrain shard data/corpus/validation.jsonl --tokenizer data/tokenizer --output data/shards/validation
+  rdtrain plan configs/quickstart.yaml engine.zero_stage=1 --gpus 1 8 (what it would need on GPUs, and cost)
   deepspeed launch/train.py --config configs/quickstart.yaml  (or, in one process, rdtrain train --config ...)
   rdtrain bench configs/quickstart.yaml --compare blocks truncated    (what a step costs, before or after)
   rdtrain compare runs/quickstart/blocks runs/quickstart/bptt --output runs/quickstart
@@ -36,8 +38,8 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     jobs = (
-        _add_corpus, _add_tokenizer, _add_shard, _add_train, _add_bench, _add_checkpoint, _add_compare, _add_evaluate, _add_export,
-        _add_generate,
+        _add_corpus, _add_tokenizer, _add_shard, add_plan, _add_train, _add_bench, _add_checkpoint, _add_compare, _add_evaluate,
+        _add_export, _add_generate,
     )
     for add in jobs:
         add(verbs)

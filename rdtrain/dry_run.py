@@ -11,18 +11,9 @@ from pathlib import Path
 from .config import Config
 from .distributed import World
 from .errors import UserError
-from .estimate import (
-    Memory,
-    Shares,
-    activation_bytes,
-    checkpoint_bytes,
-    engine_memory,
-    logit_bytes,
-    model_on_paper,
-    parameters_by_part,
-    step_traffic,
-)
+from .estimate import Memory, Shares, checkpoint_bytes, model_on_paper, parameters_by_part, rank_memory, step_traffic
 from .run_folder import refuse_unusable
+from .tables import bytes_text
 from .train import Plan
 
 MEMORY_NAMES = {
@@ -43,10 +34,7 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
     model = model_on_paper(plan.model)
     number = config.engine.dtype(world.device).itemsize
     shares = Shares.of(model, config, plan.objective, ranks)
-    memory = engine_memory(shares, config, number, plan.accumulation)
-    tokens = config.batch.micro_sequences * config.data.sequence_length
-    per_token = activation_bytes(plan.model, plan.objective, number, device, config.run.seed, plan.total_steps)
-    memory.activations, memory.logits = round(per_token * tokens), logit_bytes(plan.model, number, tokens)
+    memory = rank_memory(shares, plan.model, config, plan.objective, world, plan.total_steps)
     traffic = step_traffic(shares, config, plan.objective, number, plan.accumulation, ranks)
     checkpoint = checkpoint_bytes(shares, config, number)
     free = shutil.disk_usage(_standing(Path(config.run.folder))).free
@@ -69,14 +57,14 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
          f"{plan.flops_per_step * plan.total_steps:.3e} in all, {plan.flops_per_step / plan.tokens_per_step:.3e} a token"),
         ("steps", f"{plan.total_steps:,}", ""),
         None,
-        *_memory_rows(memory),
+        *_memory_rows(memory, plan.accumulation),
         None,
-        *((f"sent by a rank in a step, {field.name.replace('_', '-')}", _size(getattr(traffic, field.name)), "")
+        *((f"sent by a rank in a step, {field.name.replace('_', '-')}", bytes_text(getattr(traffic, field.name)), "")
           for field in fields(traffic) if getattr(traffic, field.name)),
-        ("sent by a rank in a step", _size(traffic.bytes), ""),
+        ("sent by a rank in a step", bytes_text(traffic.bytes), ""),
         None,
-        ("checkpoint", _size(checkpoint), f"{config.checkpoint.keep} are kept, and one more while it is written"),
-        ("free where the run's folder is", _size(free), ""),
+        ("checkpoint", bytes_text(checkpoint), f"{config.checkpoint.keep} are kept, and one more while it is written"),
+        ("free where the run's folder is", bytes_text(free), ""),
     ]
     return _table(rows), _refusals(config, checkpoint, free)
 
@@ -90,7 +78,7 @@ def _refusals(config: Config, checkpoint: int, free: int) -> list[str]:
     needed = (config.checkpoint.keep + 1) * checkpoint
     if free < needed:
         found.append(
-            f"the checkpoints of {config.run.folder} need {_size(needed)} and {_size(free)} are free there: free some, lower "
+            f"the checkpoints of {config.run.folder} need {bytes_text(needed)} and {bytes_text(free)} are free there: free some, lower "
             "checkpoint.keep, or choose a run.folder on another disk"
         )
     return found
@@ -104,16 +92,12 @@ def _standing(path: Path) -> Path:
     return path
 
 
-def _memory_rows(memory: Memory) -> list[tuple[str, str, str]]:
-    rows = [(f"memory of a rank, {name}", _size(getattr(memory, key)), "") for key, name in MEMORY_NAMES.items() if getattr(memory, key)]
-    rows.append(("memory of a rank", _size(memory.device_bytes), f"and {_size(memory.host_bytes)} of the CPU" if memory.host_bytes else ""))
-    return rows
-
-
-def _size(count: float) -> str:
-    """A number of bytes, as people read it."""
-    power = min(4, max(0, int(count).bit_length() - 1) // 10)
-    return f"{count / 1024**power:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+def _memory_rows(memory: Memory, accumulation: int) -> list[tuple[str, str, str]]:
+    kinds = {name: getattr(memory, key) for key, name in MEMORY_NAMES.items()}
+    rows = [(f"memory of a rank, {name}", bytes_text(count), "") for name, count in kinds.items() if count]
+    host = f", and {bytes_text(memory.host_bytes)} of the CPU" if memory.host_bytes else ""
+    peak = f"at its peak (estimate), as gradients come while activations go{host}"
+    return [*rows, ("memory of a rank", bytes_text(memory.peak(accumulation)), peak)]
 
 
 def _table(rows: list[tuple[str, str, str] | None]) -> str:

@@ -7,19 +7,21 @@ ESTIMATES: the tensors that PyTorch, uncompiled, saves for the backward pass of 
 The largest rank counts: what ranks share unevenly, rank 0 has the most of.
 """
 
+import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from .config import Config
+from .distributed import World
 from .engine.deepspeed_config import BUCKET, LIVE, PERSISTENT
 from .model.layers import SandwichBlock
 from .model.linear_cross_entropy import parts_of
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective
 from .objectives.bptt import BackpropagationThroughTime
-from .objectives.depth import FixedDepth
+from .objectives.depth import FixedDepth, PoissonDepth
 from .optimization import build_optimizer
 from .randomness import SampleRandom
 
@@ -124,6 +126,7 @@ class Memory:
     gathered: whole weights for a pass: copies that torch.autocast, FSDP or ZeRO-3 makes.
     messages: buffers that gradients are sent from, or are put together in.
     activations, logits: estimates; see `activation_bytes` and `logit_bytes`.
+    embedding_gradients: two of the tied embedding's, as input and as head, which a backward pass adds last.
     """
 
     weights: int = 0
@@ -133,14 +136,21 @@ class Memory:
     messages: int = 0
     activations: int = 0
     logits: int = 0
+    embedding_gradients: int = 0
     host_weights: int = 0
     host_gradients: int = 0
     host_optimizer_state: int = 0
 
     @property
-    def device_bytes(self) -> int:
-        """All that is in the device's memory."""
-        return sum(getattr(self, field.name) for field in fields(self) if not field.name.startswith("host_"))
+    def passes(self) -> int:
+        """What the passes of a micro-batch take, gradients apart."""
+        return self.activations + self.logits + self.gathered
+
+    def peak(self, accumulation: int) -> int:
+        """The most in the device's memory at any moment of a step of so many micro-batches. Gradients come as activations go, so with one
+        micro-batch they are no further term; a later one finds those of the first there."""
+        in_passes = self.passes + (self.gradients if accumulation > 1 else 0)
+        return self.weights + self.optimizer_state + self.messages + max(in_passes, self.gradients + self.embedding_gradients)
 
     @property
     def host_bytes(self) -> int:
@@ -246,12 +256,19 @@ def step_traffic(shares: Shares, config: Config, objective: Objective, number: i
 
 def most_trained_iterations(objective: BackpropagationThroughTime, seed: int, steps: int) -> int:
     """The most iterations that carry gradient in any of a run's steps, or of its first DEPTHS_LOOKED_AT ones, where depths are drawn."""
-    cpu, most = torch.device("cpu"), 0
-    for step in range(min(steps, DEPTHS_LOOKED_AT)):
-        most = max(most, objective.depth.draw(SampleRandom(seed, (), cpu, step).of_step()))
-        if most >= objective.trained_limit or isinstance(objective.depth, FixedDepth):
-            break
-    return int(min(most, objective.trained_limit))
+    if isinstance(objective.depth, FixedDepth):
+        return int(min(objective.depth.mean, objective.trained_limit))
+    return _most_drawn(objective.iterations, objective.trained_limit, seed, min(steps, DEPTHS_LOOKED_AT))
+
+
+@functools.lru_cache
+def _most_drawn(iterations: int, limit: float, seed: int, steps: int) -> int:
+    depth, cpu, most = PoissonDepth(iterations), torch.device("cpu"), 0
+    for step in range(steps):
+        most = max(most, depth.draw(SampleRandom(seed, (), cpu, step).of_step()))
+        if most >= limit:
+            return int(limit)
+    return most
 
 
 def activation_bytes(model: ModelConfig, objective: Objective, number: int, device: str, seed: int, steps: int) -> float:
@@ -288,6 +305,18 @@ def logit_bytes(model: ModelConfig, number: int, tokens: int) -> int:
     part = parts_of(tokens, model.vocab_size)[0].stop * model.vocab_size
     logits = (2 * FP32 + (number if number != FP32 and model.posterior_readout else 0)) * part
     return logits + FP32 * model.vocab_size * model.width * (2 if model.core_readout else 1)
+
+
+def rank_memory(shares: Shares, model: ModelConfig, config: Config, objective: Objective, world: World, steps: int) -> Memory:
+    """All that a rank holds, of a run of so many steps; of the world only its size and its kind of device matter. UserError where the
+    global batch cannot be shared evenly."""
+    number, accumulation = config.engine.dtype(world.device).itemsize, config.batch.accumulation(world.size)
+    tokens = config.batch.micro_sequences * config.data.sequence_length
+    memory = engine_memory(shares, config, number, accumulation)
+    memory.activations = round(tokens * activation_bytes(model, objective, number, world.device.type, config.run.seed, steps))
+    memory.logits = logit_bytes(model, number, tokens)
+    memory.embedding_gradients = 2 * FP32 * model.vocab_size * model.width
+    return memory
 
 
 def checkpoint_bytes(shares: Shares, config: Config, number: int) -> int:

@@ -14,11 +14,11 @@ import rdtrain.bench.command as command
 from rdtrain.bench.arms import cases
 from rdtrain.bench.command import BenchSettings, bench
 from rdtrain.bench.measure import Effort, step_flops
-from rdtrain.bench.peaks import peak_flops
 from rdtrain.bench.trace import covered
 from rdtrain.config import load_config, override
 from rdtrain.distributed import World
 from rdtrain.errors import UserError
+from rdtrain.hardware import peak_flops
 from rdtrain.model.recurrent import RecurrentDepthLM
 from rdtrain.randomness import SampleRandom
 from rdtrain.train import objective_and_model

@@ -20,8 +20,9 @@ from ..data.loader import Loader, rank_indices, read_ahead
 from ..data.shards import ShardReader
 from ..distributed import World, agree, on_device
 from ..engine import build_engine, start_processes
-from ..estimate import FP32, Shares, activation_bytes, engine_memory, logit_bytes, model_on_paper
+from ..estimate import Shares, model_on_paper, rank_memory
 from ..faults import StepJudge
+from ..hardware import peak_flops
 from ..metrics import MetricSums
 from ..model.attention import attention_backend
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
@@ -31,7 +32,6 @@ from ..randomness import SampleRandom
 from ..train import objective_and_model, run_step
 from .arms import Case
 from .memory import WatchedObjective, measure_memory
-from .peaks import peak_flops
 from .trace import Trace, trace_steps, write_memory_snapshot
 
 ENQUEUED, TRACED = 3, 2
@@ -116,13 +116,7 @@ def on_paper(case: Case, world: World, vocab_size: int, effort: Effort) -> Measu
     objective, model = objective_and_model(config, world, vocab_size)
     accumulation, dtype = config.batch.accumulation(world.size), config.engine.dtype(world.device)
     shares = Shares.of(model_on_paper(model), config, objective, world.size)
-    memory = engine_memory(shares, config, dtype.itemsize, accumulation)
-    tokens = config.batch.micro_sequences * config.data.sequence_length
-    steps = effort.warmup + effort.steps
-    per_token = activation_bytes(model, objective, dtype.itemsize, world.device.type, config.run.seed, steps)
-    passes = tokens * per_token + logit_bytes(model, dtype.itemsize, tokens) + memory.gathered
-    kept = memory.weights + memory.optimizer_state + memory.messages
-    at_last = memory.gradients + 2 * FP32 * vocab_size * model.width  # the embedding's, as input and as head, are added last
+    memory = rank_memory(shares, model, config, objective, world, effort.warmup + effort.steps)
     return Measurement(
         arm=case.arm, value=case.value, parameters=shares.whole, model=asdict(model), objective=asdict(config.objective),
         engine=asdict(config.engine), ranks=world.size, device=device_name(world.device), precision=str(dtype).removeprefix("torch."),
@@ -130,8 +124,8 @@ def on_paper(case: Case, world: World, vocab_size: int, effort: Effort) -> Measu
         micro_sequences=config.batch.micro_sequences, accumulation=accumulation,
         sequence_length=config.data.sequence_length, tokens_per_step=config.batch.global_sequences * config.data.sequence_length,
         estimate={
-            "weights": memory.weights, "gradients": memory.gradients, "optimizer_state": memory.optimizer_state, "passes": passes,
-            "peak": kept + max(at_last, passes + (memory.gradients if accumulation > 1 else 0)),
+            "weights": memory.weights, "gradients": memory.gradients, "optimizer_state": memory.optimizer_state,
+            "passes": memory.passes, "peak": memory.peak(accumulation),
         },
     )
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..tables import columns
 from .measure import Measurement
 
 GIB = 2**30
@@ -99,14 +100,6 @@ def _notes(rows: list[Measurement]) -> list[str]:
     notes += [f"{row.arm}: out of memory: {row.out_of_memory}" for row in rows if row.out_of_memory]
     files = [file for row in rows for file in row.files]
     return notes + ([f"Written: {', '.join(files)}"] if files else [])
-
-
-def columns(lines: list[list[str]]) -> str:
-    """A table: the first column to the left, all others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines
-    )
 
 
 def _ms(seconds: float | None) -> str:
