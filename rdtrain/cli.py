@@ -22,6 +22,7 @@ From text to text:
   rdtrain shard data/corpus/validation.jsonl --tokenizer data/tokenizer --output data/shards/validation
   rdtrain plan configs/quickstart.yaml engine.zero_stage=1 --gpus 1 8 (what it would need on GPUs, and cost)
   deepspeed launch/train.py --config configs/quickstart.yaml  (or, in one process, rdtrain train --config ...)
+  rdtrain watch runs/quickstart/blocks                        (from another terminal)
   rdtrain bench configs/quickstart.yaml --compare blocks truncated    (what a step costs, before or after)
   rdtrain compare runs/quickstart/blocks runs/quickstart/bptt --output runs/quickstart
   rdtrain evaluate runs/quickstart/blocks runs/quickstart/bptt --shards data/shards/validation --output runs/quickstart/evaluation
@@ -38,8 +39,8 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     jobs = (
-        _add_corpus, _add_tokenizer, _add_shard, add_plan, _add_train, _add_bench, _add_checkpoint, _add_compare, _add_evaluate,
-        _add_export, _add_generate,
+        _add_corpus, _add_tokenizer, _add_shard, add_plan, _add_train, _add_watch, _add_bench, _add_checkpoint, _add_compare,
+        _add_evaluate, _add_export, _add_generate,
     )
     for add in jobs:
         add(verbs)
@@ -207,6 +208,25 @@ def train_main() -> None:
     add_train_arguments(parser)
     with user_errors_as_exit():
         raise SystemExit(_train(parser.parse_args()))
+
+
+def _add_watch(verbs) -> None:
+    parser = _verb(
+        verbs, "watch", _watch, "see runs in the terminal while they train, or afterwards",
+        "Shows progress, losses, the loss of each iteration, speed and memory of a run, or a line for each of several, from what they "
+        "write in their folders. It ends when they have ended, or with Ctrl-C, which leaves them alone.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("--once", action="store_true", help="show them as they are now and stop, as where the output is no terminal")
+
+
+def _watch(arguments) -> None:
+    from .terminal_view import watch_runs
+
+    if arguments.interval <= 0:
+        raise UserError(f"--interval must be positive, and it is {arguments.interval}: give seconds")
+    watch_runs(arguments.runs, arguments.interval, arguments.once)
 
 
 def _add_bench(verbs) -> None:

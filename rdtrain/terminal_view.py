@@ -1,0 +1,236 @@
+"""`rdtrain watch RUN ...`: runs in a terminal, while they train or afterwards.
+
+Everything is read from the run's folder, so that any machine that sees it can watch, and nothing of the run waits for it. Several runs
+are a table; one is a whole page: progress, losses as curves, the loss of each iteration. Notable: only what has been appended to
+metrics.jsonl since the last look is read, and all of it again when the file has become shorter, as it does when a run continues.
+"""
+
+import fcntl
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from .errors import UserError
+from .hardware import peak_flops
+from .tables import bytes_text
+
+BARS = " ▁▂▃▄▅▆▇█"
+CURVE = 60  # columns of a curve
+RECENT = 10  # records of which means are taken
+
+
+@dataclass
+class WatchedRun:
+    """A run's folder, and what has been read of it so far. facts: of run.json; records: of metrics.jsonl."""
+
+    folder: Path
+    facts: dict = field(default_factory=dict)
+    records: list[dict] = field(default_factory=list)
+    running: bool = False
+    _read: int = 0
+
+    def look(self) -> None:
+        """Read what is new. UserError where the folder is not that of a run."""
+        try:
+            self.facts = json.loads((self.folder / "run.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"{self.folder} is not the folder of a run that has started (no run.json): give a run.folder") from None
+        self.running = _locked(self.folder / ".lock")
+        path = self.folder / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size < self._read:
+            self.records, self._read = [], 0
+        if size > self._read:
+            with path.open("rb") as file:
+                file.seek(self._read)
+                whole, newline, _ = file.read(size - self._read).rpartition(b"\n")  # the last line may be half written
+            for line in whole.splitlines():
+                try:
+                    self.records.append(json.loads(line))
+                except ValueError:
+                    raise UserError(f"a line of {path} is not a record of metrics: mend or remove that line") from None
+            self._read += len(whole) + len(newline)
+
+    @property
+    def step(self) -> int:
+        """Of the last record."""
+        return self.records[-1]["step"] if self.records else 0
+
+    @property
+    def state(self) -> str:
+        """`running`, `complete` or `stopped`."""
+        return "complete" if self.step >= self.facts["total_steps"] else "running" if self.running else "stopped"
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of each record that has this metric."""
+        return [(record["step"], record[name]) for record in self.records if isinstance(record.get(name), (int, float))]
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        return next((record[name] for record in reversed(self.records) if record.get(name) is not None), None)
+
+    def recent(self, name: str) -> float | None:
+        """The mean of its last values."""
+        values = [value for _, value in self.values(name)[-RECENT:]]
+        return sum(values) / len(values) if values else None
+
+    def recent_by_iteration(self) -> list[float | None]:
+        """The mean loss of each iteration over the last records; None where none of them drew it."""
+        lists = [record["loss_by_iteration"] for record in self.records if record.get("loss_by_iteration")][-RECENT:]
+        known = ([loss for loss in losses if loss is not None] for losses in zip(*lists))
+        return [sum(losses) / len(losses) if losses else None for losses in known]
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs a second as a share of the GPUs' on paper; None where that is not known."""
+        peak, speed = peak_flops(self.facts["machine"]), self.recent("tokens_per_second")
+        if self.facts["device"] != "cuda" or self.facts["precision"] != "bfloat16" or not peak or not speed:
+            return None
+        return speed * self.facts["training_flops_per_token"] / (peak * self.facts["ranks"])
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step, at the speed of the last records."""
+        seconds = self.recent("step_seconds")
+        return None if seconds is None else seconds * (self.facts["total_steps"] - self.step)
+
+
+def watch_runs(folders: list[Path], interval: float, once: bool) -> None:
+    """Show runs until they have all ended or Ctrl-C, every `interval` seconds; with `once`, or where standard output is no terminal, one
+    time. UserError where a folder is not that of a run."""
+    runs = [WatchedRun(folder) for folder in folders]
+    console = Console()
+    for run in runs:
+        run.look()
+    if once or not console.is_terminal:
+        console.print(view(runs))
+        return
+    with Live(view(runs), console=console, auto_refresh=False, screen=False) as live:
+        try:
+            while any(run.state == "running" for run in runs):
+                time.sleep(interval)
+                for run in runs:
+                    run.look()
+                live.update(view(runs), refresh=True)
+        except KeyboardInterrupt:
+            pass
+
+
+def view(runs: list[WatchedRun]) -> RenderableType:
+    """One run as a page, several as a table with their curves."""
+    return _page(runs[0]) if len(runs) == 1 else _overview(runs)
+
+
+def _page(run: WatchedRun) -> RenderableType:
+    facts, total = run.facts, run.facts["total_steps"]
+    head = Text.assemble(
+        (facts["name"], "bold"), f"  {run.state}  step {run.step:,} of {total:,}",
+        f"  {_left(run)}" if run.state == "running" else "",
+        f"\n{facts['parameters'] / 1e6:,.1f}M parameters, {facts['objective']['name']}, {facts['ranks']} x {facts['machine']}, "
+        f"{facts['precision']}, since {facts['started']}",
+    )
+    numbers = Table.grid(padding=(0, 3))
+    for row in _numbers(run):
+        numbers.add_row(*row)
+    bar = Table.grid()  # a bar alone would leave its line open
+    bar.add_row(ProgressBar(total=total, completed=min(run.step, total), width=CURVE))
+    curves = Table.grid(padding=(0, 1))
+    for name, label in (("loss", "training loss"), ("validation_nll", "held-out NLL")):
+        values = [value for _, value in run.values(name)]
+        if values:
+            curves.add_row(label, f"{max(values):.3f}", Text(bars(values, CURVE), style="cyan"), f"{values[-1]:.3f}")
+    by_iteration = run.recent_by_iteration()
+    if any(by_iteration):
+        top = max(loss for loss in by_iteration if loss is not None)
+        last = f"iterations 1 to {len(by_iteration)}"
+        curves.add_row("loss", f"{top:.3f}", Text(bars(by_iteration, len(by_iteration), least=0.0), style="green"), last)
+    parts = [head, bar, numbers, curves]
+    return Panel(Group(*parts), title=str(run.folder), title_align="left")
+
+
+def _numbers(run: WatchedRun) -> list[tuple[str, ...]]:
+    """Rows of name and value, two pairs each."""
+    newest = (run.folder / "checkpoints/latest")
+    best = min((value for _, value in run.values("validation_nll")), default=None)
+    pairs = [
+        ("loss", _number(run.recent("loss"))), ("held-out NLL", f"{_number(run.last('validation_nll'))}, best {_number(best)}"),
+        ("learning rate", _number(run.last("learning_rate"))), ("gradient norm", _number(run.recent("gradient_norm"))),
+        ("tokens/s", _number(run.recent("tokens_per_second"))), ("ms a step", _number(_times(1000, run.recent("step_seconds")))),
+        ("MFU", "-" if run.mfu is None else f"{run.mfu:.1%}"), ("peak memory", bytes_text(run.last("peak_memory_bytes") or 0)),
+        ("tokens", _number(run.last("tokens"))), ("training FLOPs", f"{run.last('training_flops') or 0:.2e}"),
+        ("skipped steps", _number(run.last("skipped_steps"))),
+        ("newest checkpoint", newest.read_text().strip() if newest.exists() else "none"),
+    ]
+    return [(*first, *second) for first, second in zip(pairs[::2], pairs[1::2])]
+
+
+def _overview(runs: list[WatchedRun]) -> RenderableType:
+    table = Table()
+    left, right = ("run", "state"), ("step", "loss", "held-out NLL", "tokens/s", "MFU", "peak memory", "skipped", "left")
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right")
+    table.add_column("held-out NLL so far")
+    for run in runs:
+        table.add_row(
+            run.facts["name"], run.state, f"{run.step:,}/{run.facts['total_steps']:,}", _number(run.recent("loss")),
+            _number(run.last("validation_nll")), _number(run.recent("tokens_per_second")), "-" if run.mfu is None else f"{run.mfu:.1%}",
+            bytes_text(run.last("peak_memory_bytes") or 0), _number(run.last("skipped_steps")),
+            _left(run) if run.state == "running" else "", bars([value for _, value in run.values("validation_nll")], 20),
+        )
+    return table
+
+
+def bars(values: list[float | None], columns: int, least: float | None = None) -> str:
+    """Values as at most so many bars, each the mean of its part of them, and a blank for None. least: of the scale; None for their own."""
+    columns = min(columns, len(values))
+    means = []
+    for column in range(columns):
+        start, stop = (place * len(values) // columns for place in (column, column + 1))
+        part = [value for value in values[start:stop] if value is not None]
+        means.append(sum(part) / len(part) if part else None)
+    known = [mean for mean in means if mean is not None and math.isfinite(mean)]
+    if not known:
+        return " " * columns
+    low, high = min(known) if least is None else least, max(known)
+    height = (high - low) or 1.0
+    steps = len(BARS) - 2
+    return "".join(" " if mean not in known else BARS[1 + round(steps * max(0.0, mean - low) / height)] for mean in means)
+
+
+def _left(run: WatchedRun) -> str:
+    seconds = run.seconds_left
+    if seconds is None:
+        return ""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d} left"
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _locked(lock: Path) -> bool:
+    """Whether a process holds the run's lock, on any machine whose file system shares locks."""
+    try:
+        with lock.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

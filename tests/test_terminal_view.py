@@ -1,0 +1,67 @@
+"""`rdtrain watch`: what it shows of a run is what the run wrote, at any moment of it."""
+
+import fcntl
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from rdtrain.config import load_config
+from rdtrain.metrics import read_metrics
+from rdtrain.terminal_view import WatchedRun, bars, view
+from rdtrain.train import train
+
+
+def shown(*runs: WatchedRun) -> str:
+    console = Console(width=160, file=io.StringIO())
+    console.print(view(list(runs)))
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def finished(tiny_config, tmp_path):
+    assert train(load_config(tiny_config())) == 0
+    return tmp_path / "run"
+
+
+def test_a_finished_run_is_shown_as_it_ended(finished, rdtrain, tmp_path, refused):
+    result = rdtrain("watch", finished)
+    last = read_metrics(finished / "metrics.jsonl")[-1]
+    assert result.returncode == 0, result.stderr
+    for text in ("complete", "step 8 of 8", f"{last['validation_nll']:.4g}", "step-00000008", f"{last['learning_rate']:.4g}"):
+        assert text in result.stdout, result.stdout
+    refused(rdtrain("watch", tmp_path), "is not the folder of a run that has started")
+
+
+def test_what_is_appended_later_is_read_and_a_continued_run_is_read_anew(finished):
+    run, path = WatchedRun(finished), finished / "metrics.jsonl"
+    run.look()
+    assert run.state == "complete" and run.records == read_metrics(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # in the middle of a line
+    run.look()
+    assert run.state == "stopped" and run.step == 2
+    with (finished / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with path.open("ab") as file:
+            file.write(lines[3][20:])
+        run.look()
+        assert run.state == "running" and run.step == 3
+        seconds = [json.loads(line)["step_seconds"] for line in lines[1:4]]
+        assert run.seconds_left == pytest.approx(5 * sum(seconds) / 3)
+        assert "running" in shown(run) and "left" in shown(run, run)
+
+
+def test_mfu_is_of_the_gpus_speed_on_paper():
+    facts = {"machine": "NVIDIA H200", "device": "cuda", "precision": "bfloat16", "training_flops_per_token": 1e9, "ranks": 4}
+    run = WatchedRun("", facts, [{"step": 1, "tokens_per_second": 1e6}])
+    assert run.mfu == pytest.approx(1e15 / (4 * 989.4e12))
+    assert WatchedRun("", facts | {"machine": "AMD EPYC"}, run.records).mfu is None
+
+
+def test_bars_are_means_over_their_part_and_blank_where_there_is_nothing():
+    assert bars([0.0, 7.0], 10) == "▁█" and bars([3.0, 3.0], 2) == "▁▁"
+    assert bars([1.0, None, 8.0, float("nan")], 4) == "▁ █ "
+    assert bars([0.0, 2.0, 6.0, 8.0], 2) == "▁█" and bars([4.0, 8.0], 2, least=0.0) == "▅█"
+    assert bars([], 5) == "" and bars([None], 5) == " "
