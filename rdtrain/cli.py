@@ -119,7 +119,12 @@ def _add_train(verbs) -> None:
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of training, shared by `rdtrain train` and launch/train.py."""
-    parser.add_argument("--config", type=Path, help="YAML file of settings; without it the defaults hold")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, help="YAML file of settings; without it the defaults hold")
+    source.add_argument(
+        "--like", type=Path, metavar="RUN",
+        help="repeat a run from its own record, in the folder RUN-again or run.folder; says what is not as it was then",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
     parser.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
     parser.add_argument(
@@ -139,7 +144,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(arguments) -> int:
     from .config import config_to_yaml, load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    if arguments.like is not None:
+        from .run_folder import config_like
+
+        config = config_like(arguments.like, arguments.overrides)
+    else:
+        config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return 0

@@ -116,17 +116,21 @@ class MetricSums:
 
 
 def _start_wandb(folder: Path, settings: LoggingSettings, config: dict, name: str):
+    """The wandb run of a run's folder: a new one, or the one that an earlier start of this run has made."""
     import wandb
 
+    known = folder / "wandb-id"
     try:
-        return wandb.init(
+        run = wandb.init(
             project=settings.wandb_project, name=name, dir=str(folder), mode=settings.wandb, config=config,
-            settings=wandb.Settings(console="off"),
+            id=known.read_text().strip() if known.exists() else None, resume="allow", settings=wandb.Settings(console="off"),
         )
     except (wandb.errors.Error, OSError) as error:
         raise UserError(
             f"wandb could not start ({' '.join(str(error).split())}): run `wandb login`, or set logging.wandb=offline or disabled"
         ) from None
+    write_atomically(known, run.id + "\n")
+    return run
 
 
 def _flat(record: dict) -> dict:

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def record_facts(folder: Path, facts: dict) -> None:
 
 
 def start_facts(device: str) -> dict:
-    """The command, time, machine and versions of this start; device: `cuda` or `cpu`."""
+    """The command, time, machine, versions and commit of this start; device: `cuda` or `cpu`."""
     packages = ("rdtrain", "torch", "deepspeed", "transformers", "zarr", "sentencepiece")
     return {
         "command": " ".join(sys.argv),
@@ -103,6 +104,7 @@ def start_facts(device: str) -> dict:
         "machine": torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
     }
 
 
@@ -119,6 +121,39 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # run from its source
         return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, and whether files differ from it; None where it is no checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment may lie in a checkout of something else
+        return git("rev-parse", "HEAD") + (", with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def config_like(run: Path, overrides: list[str]) -> Config:
+    """The config that repeats a run from its own record, in the folder `RUN-again` unless an override says otherwise; whatever bears on
+    the result and is not as it was then is said on standard error. UserError where there is no record, or the folder would be that of the
+    run itself."""
+    recorded = run / "config.yaml"
+    try:
+        facts = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{run} has no record of a run (run.json): give a run.folder, or --config") from None
+    config = load_config(recorded, [f"run.folder={run}-again", *overrides])
+    if Path(config.run.folder).resolve() == run.resolve():
+        raise UserError(f"run.folder={config.run.folder} is the run to be repeated: give another, or start with --config to continue it")
+    world = World.from_environment()
+    now = start_facts(world.device.type)
+    pairs = {"ranks": world.size, "device": world.device.type} | {name: now[name] for name in ("machine", "python", "versions", "commit")}
+    changed = [f"{name} was {facts.get(name)} and is {value}" for name, value in pairs.items() if facts.get(name) != value]
+    if changed and world.is_main:
+        print(f"rdtrain: this is not as it was in {run}: {'; '.join(changed)}", file=sys.stderr)
+    return config
 
 
 class PeakMemory:

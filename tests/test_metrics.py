@@ -3,13 +3,14 @@
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rdtrain.config import load_config
 from rdtrain.distributed import World
-from rdtrain.metrics import MetricSums, read_metrics
+from rdtrain.metrics import LoggingSettings, MetricLogger, MetricSums, read_metrics
 from rdtrain.train import train
 
 
@@ -60,3 +61,14 @@ def test_wandb_offline_writes_a_run_folder_that_holds_the_metrics(tiny_config, t
         assert float(row.get("loss", "nan")) == pytest.approx(record.get("loss", math.nan), nan_ok=True)
     assert float(history[-1]["validation_nll"]) == pytest.approx(expected[-1]["validation_nll"])
     assert "loss_by_iteration/01" in {key for row in history for key in row}
+
+
+def test_a_continued_run_continues_its_wandb_run(tmp_path, monkeypatch):
+    import wandb
+
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.append(settings["id"]) or SimpleNamespace(id="abc", finish=lambda: None))
+    settings, world = LoggingSettings(wandb="offline"), World(0, 1, 0, torch.device("cpu"))
+    for _ in range(2):
+        MetricLogger(tmp_path, settings, {}, "run", world, resume_step=0).close()
+    assert asked == [None, "abc"]

@@ -123,6 +123,19 @@ def test_a_complete_run_is_left_as_it_is(tiny_config, tmp_path, capsys):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_is_repeated_from_its_own_record(tiny_config, tmp_path, rdtrain, refused):
+    assert train(load_config(tiny_config())) == 0
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(facts | {"commit": "another"}))
+    result = rdtrain("train", "--like", tmp_path / "run")
+    assert result.returncode == 0 and f"commit was another and is {facts['commit']}" in result.stderr, result.stderr
+    assert "python was" not in result.stderr
+    losses = [[record.get("loss") for record in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("run", "run-again")]
+    assert losses[0] == losses[1]
+    refused(rdtrain("train", "--like", tmp_path / "run", f"run.folder={tmp_path}/run"), "is the run to be repeated")
+    refused(rdtrain("train", "--like", tmp_path), "has no record of a run")
+
+
 def test_a_flops_budget_sets_the_steps(tiny_config, tmp_path):
     config = load_config(tiny_config(schedule={"steps": None, "training_flops": 2e9}))
     assert train(config) == 0
