@@ -33,6 +33,13 @@ From text to text:
 
 def main() -> None:
     """Entry point of the `rdtrain` command."""
+    arguments = build_parser().parse_args(join_action(sys.argv[1:]))
+    with user_errors_as_exit():
+        raise SystemExit(arguments.run(arguments) or 0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; what it gives has the verb's function as `run`."""
     parser = argparse.ArgumentParser(
         prog="rdtrain", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="`rdtrain VERB --help` explains each verb.",
@@ -44,9 +51,7 @@ def main() -> None:
     )
     for add in jobs:
         add(verbs)
-    arguments = parser.parse_args(join_action(sys.argv[1:]))
-    with user_errors_as_exit():
-        raise SystemExit(arguments.run(arguments) or 0)
+    return parser
 
 
 def _verb(verbs, name: str, run, help: str, description: str) -> argparse.ArgumentParser:
