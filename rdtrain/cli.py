@@ -329,7 +329,7 @@ def _add_compare(verbs) -> None:
 
 
 def _compare(arguments) -> None:
-    from .compare import compare
+    from .compare.report import compare
 
     print(compare(arguments.runs, arguments.output))
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rdtrain import compare as compare_module
-from rdtrain.compare import Arm, compare
+from rdtrain.compare import report
+from rdtrain.compare.report import compare
+from rdtrain.compare.runs import Arm
 from rdtrain.config import load_config
 from rdtrain.metrics import read_metrics
 from rdtrain.train import train
@@ -32,6 +33,8 @@ def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
     assert ratio > 1 and f"bptt costs {ratio:.2f} times the training FLOPs a token of blocks" in text
     within = [nll for flops, _, nll in bptt["curve"] if flops <= blocks["training_flops"]][-1]
     assert f"held-out NLL came to {blocks['validation_nll']:.4f} for blocks and {within:.4f} for bptt" in text
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 2 and ".png" not in page and "<td>a sweep</td>" in page
     for plot in ("nll-against-flops.png", "nll-against-time.png"):
         assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG") and plot in text
 
@@ -39,17 +42,22 @@ def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
 def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeypatch):
     def arm(name, objective, *curve):
         texts = dict.fromkeys(("learning_rate_source", "folder", "machine", "precision"), "")
+        texts["settings"] = name.partition(", seed")[0]
         values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | texts | {"name": name, "objective": objective}
         return Arm(**values | {"curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
 
-    first = arm("ours", "diffusion_blocks", (0, 0.0, 9.0), (1, 10.0, 5.0), (2, 20.0, 4.0), (3, 30.0, 4.2))
-    slow, better = arm("slow", "bptt", (0, 0.0, 9.0), (2, 90.0, 4.25)), arm("better", "bptt", (0, 0.0, 9.0), (2, 90.0, 3.5))
-    short = arm("short", "diffusion_blocks", (0, 0.0, 9.0), (1, 9.0, 4.25))
-    arms = {"ours": first, "short": short, "slow": slow, "better": better}
-    monkeypatch.setattr(compare_module, "_read_arm", lambda folder: arms[str(folder)])
-    text = compare([Path(name) for name in arms], tmp_path)
-    assert "short had 4.2500 after 9.0 s, 0.100 of the time to the 4.2500 that slow has after 90.0 s" in text
-    assert "ours and short: never down to the 3.5000 that better has after 90.0 s" in text
+    slow = {f"slow, seed {seed}": arm(f"slow, seed {seed}", "truncated", (0, 0.0, 9.0), (2, end, nll))
+            for seed, end, nll in ((1, 80.0, 4.3), (2, 100.0, 4.2))}
+    arms = slow | {
+        "ours": arm("ours", "diffusion_blocks", (0, 0.0, 9.0), (1, 10.0, 5.0), (2, 20.0, 4.0), (3, 30.0, 4.2)),
+        "short": arm("short", "diffusion_blocks", (0, 0.0, 9.0), (0.5, 9.0, 4.25)),
+        "full": arm("full", "full", (0, 0.0, 9.0), (2, 90.0, 3.5)),
+    }
+    monkeypatch.setattr(report, "read_arm", lambda folder: arms[str(folder)])
+    text = compare([Path(name) for name in ("ours", "short", "full", *slow)], tmp_path)
+    assert ("**short had 4.2500 after 9.0 s: 0.100 of the time and 0.500 of the training FLOPs to the 4.2500 that slow has after 90.0 s "
+            "(2 seeds, 4.2000 to 4.3000).**") in text
+    assert "**ours and short: never down to the 3.5000 that full has after 90.0 s.**" in text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, rdtrain, refused):

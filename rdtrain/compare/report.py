@@ -1,55 +1,30 @@
-"""Runs side by side: what a token costs, how fast it goes, what memory it takes, and what held-out NLL the compute has bought.
+"""The report of a comparison: what a token costs, how fast it goes, what memory it takes, and what held-out NLL the compute has bought.
 
-Everything is read from the run folders (run.json, config.yaml, metrics.jsonl); nothing is computed anew. Times come from the same
-machine only if the runs did, so the report names each run's machine.
+Nothing is computed anew, and between two evaluations of a run nothing is said to be known. Times come from the same machine only if the
+runs did, so the report names each run's machine.
 """
 
 import json
+import re
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from .config import Config, load_config
-from .data.output import write_atomically
-from .errors import UserError
-from .metrics import read_metrics
+from ..data.output import write_atomically
+from ..errors import UserError
+from ..html_page import write_html
+from .runs import Arm, read_arm
 
 
-@dataclass
-class Arm:
-    """One run as the report shows it. Times in seconds, memory in bytes, NLL in nats per token."""
-
-    name: str
-    objective: str
-    folder: str
-    machine: str
-    ranks: int
-    precision: str
-    learning_rate: float
-    learning_rate_source: str
-    parameters: int
-    training_flops_per_token: float
-    steps: int
-    tokens: int
-    training_flops: float
-    seconds: float
-    step_seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    validation_nll: float
-    validation_bits_per_byte: float
-    curve: list[tuple[float, float, float]]
-    """(training FLOPs, seconds, held-out NLL) of each evaluation."""
-
-
-def compare(folders: list[Path], output: Path) -> str:
-    """Write report.md, report.json, nll-against-flops.png and nll-against-time.png to `output`; returns the report's text.
+def compare(folders: list[Path], output: Path, more: str = "") -> str:
+    """Write report.md, the same as one file report.html, report.json, nll-against-flops.png and nll-against-time.png to `output`; returns
+    the report's text. more: Markdown for its end.
 
     UserError when a folder holds no run, or a run without an evaluation.
     """
-    arms = [_read_arm(folder) for folder in folders]
+    arms = [read_arm(folder) for folder in folders]
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise UserError(f"two of the runs have the same name ({', '.join(names)}): give each its own run.name")
@@ -57,65 +32,13 @@ def compare(folders: list[Path], output: Path) -> str:
         output.mkdir(parents=True, exist_ok=True)
         _plot(arms, 0, "training FLOPs", output / "nll-against-flops.png")
         _plot(arms, 1, "training time (s)", output / "nll-against-time.png")
-        report = _report(arms)
+        report = _report(arms) + more
         write_atomically(output / "report.json", json.dumps([asdict(arm) for arm in arms], indent=2) + "\n")
         write_atomically(output / "report.md", report)
+        write_html(output / "report.md")
     except OSError as error:
         raise UserError(f"the report cannot be written to {output} ({error.strerror}): choose another --output") from None
     return report
-
-
-def _read_arm(folder: Path) -> Arm:
-    try:
-        facts = json.loads((folder / "run.json").read_text())
-        facts["tokens_per_step"]
-        records = read_metrics(folder / "metrics.jsonl")
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{folder} is not a run that has trained (no whole run.json and metrics.jsonl): give run folders") from None
-    config = load_config(folder / "config.yaml")
-    evaluated = [record for record in records if "validation_nll" in record]
-    timed = [record for record in records if "step_seconds" in record]
-    if not timed or not evaluated or evaluated[-1]["step"] == 0:
-        raise UserError(f"the run in {folder} has not been evaluated since it started: let it train for longer")
-    last = evaluated[-1]
-    # The first record holds the start-up: kernels chosen, memory first touched.
-    step_seconds = statistics.median(record["step_seconds"] for record in timed[1:] or timed)
-    return Arm(
-        name=facts["name"],
-        objective=_objective(config),
-        folder=str(folder),
-        machine=facts["machine"],
-        ranks=facts["ranks"],
-        precision=facts["precision"],
-        learning_rate=config.optimizer.learning_rate,
-        learning_rate_source=config.optimizer.learning_rate_source,
-        parameters=facts["parameters"],
-        training_flops_per_token=facts["training_flops_per_token"],
-        steps=last["step"],
-        tokens=last["tokens"],
-        training_flops=last["training_flops"],
-        seconds=last["seconds"],
-        step_seconds=step_seconds,
-        tokens_per_second=facts["tokens_per_step"] / step_seconds,
-        peak_memory_bytes=max(record["peak_memory_bytes"] for record in timed),
-        validation_nll=last["validation_nll"],
-        validation_bits_per_byte=last["validation_bits_per_byte"],
-        curve=[(record["training_flops"], record["seconds"], record["validation_nll"]) for record in evaluated],
-    )
-
-
-def _objective(config: Config) -> str:
-    """The objective as the report names it."""
-    objective = config.objective
-    if objective.name == "diffusion_blocks":
-        changes = [name.replace("_", " ") for name in ("self_conditioning", "chain_states", "core_readout") if getattr(objective, name)]
-        return ", ".join([objective.name, *changes] + [f"{config.model.blocks} blocks"] * (config.model.blocks > 1))
-    if objective.name == "one_pass":
-        return objective.name
-    last = f" {objective.trained_iterations}" if objective.gradient == "truncated" else ""
-    depth = "Poisson depth" if objective.depth == "poisson" else "depth"
-    again = ", activation checkpointing" if objective.activation_checkpointing else ""
-    return f"bptt {objective.gradient}{last}, {depth} {config.model.iterations}{again}"
 
 
 def _report(arms: list[Arm]) -> str:
@@ -138,8 +61,7 @@ def _report(arms: list[Arm]) -> str:
     ]
     header = ["", *(arm.name for arm in arms)]
     table = [header, ["---"] * len(header)] + [[label, *map(value, arms)] for label, value in rows]
-    text = ["# Comparison", "", _lines(table), ""]
-    text += _ratios(arms)
+    text = ["# Comparison", "", *_headline(arms), _lines(table), "", *_ratios(arms)]
     text += ["## Held-out NLL against training FLOPs", "", _lines(_curves(arms)), ""]
     text += [f"![held-out NLL against training {name}](nll-against-{name.lower()}.png)\n" for name in ("FLOPs", "time")]
     text += [
@@ -156,6 +78,66 @@ def _lines(table: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
+def _headline(arms: list[Arm]) -> list[str]:
+    """For each objective but the first run's: what it takes runs like the first to come to the NLL that the other's best runs end with."""
+    groups = list(repetitions(arms).values())
+    own = [group for group in groups if group[0].objective == arms[0].objective]
+    text = []
+    for objective in dict.fromkeys(arm.objective for arm in arms):
+        others = [group for group in groups if group[0].objective == objective]
+        if objective != arms[0].objective:
+            text += [_race(own, min(others, key=lambda group: statistics.mean(arm.validation_nll for arm in group))), ""]
+    return text
+
+
+def _race(own: list[list[Arm]], other: list[Arm]) -> str:
+    """The run whose first evaluation at or below the mean NLL that the other ends with came soonest, if all seeds of it got there."""
+    goal = statistics.mean(arm.validation_nll for arm in other)
+    goal_text = f"the {goal:.4f} that {_name(other)} has after {_mean([arm.seconds for arm in other], '.1f')} s"
+    goal_text += _spread([arm.validation_nll for arm in other], ".4f")
+    raced = []
+    for group in own:
+        reached = [next(((flops, seconds, nll) for flops, seconds, nll in arm.curve if nll <= goal), None) for arm in group]
+        if None not in reached:
+            raced.append((statistics.mean(seconds for _, seconds, _ in reached), reached, group))
+    if not raced:
+        return f"**{' and '.join(_name(group) for group in own)}: never down to {goal_text}.**"
+    _, reached, group = min(raced, key=lambda race: race[0])
+    flops, seconds = (
+        [point[column] / statistics.mean(getattr(arm, name) for arm in other) for point in reached]
+        for column, name in ((0, "training_flops"), (1, "seconds"))
+    )
+    had, after = _mean([nll for _, _, nll in reached], ".4f"), _mean([seconds for _, seconds, _ in reached], ".1f")
+    return (
+        f"**{_name(group)} had {had} after {after} s: {statistics.mean(seconds):.3f} of the time and {statistics.mean(flops):.3f} of the "
+        f"training FLOPs to {goal_text}.**" + _spread(seconds, ".3f", " of the time")
+    )
+
+
+def repetitions(arms: list[Arm]) -> dict[str, list[Arm]]:
+    """The runs that differ in their seed alone, by their settings."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(arm.settings, []).append(arm)
+    return groups
+
+
+def _name(group: list[Arm]) -> str:
+    """What repeated runs are called together."""
+    return group[0].name if len(group) == 1 else re.sub(r"[, -]*seed[ -]*\d+$", "", group[0].name)
+
+
+def _mean(values: list[float], digits: str) -> str:
+    return format(statistics.mean(values), digits)
+
+
+def _spread(values: list[float], digits: str, unit: str = "") -> str:
+    """Of how many seeds a mean is, and from where to where they go."""
+    if len(values) == 1:
+        return ""
+    return f" ({len(values)} seeds, {min(values):{digits}} to {max(values):{digits}}{unit})"
+
+
 def _ratios(arms: list[Arm]) -> list[str]:
     """What each arm with another objective costs against the first one."""
     first = arms[0]
@@ -166,22 +148,10 @@ def _ratios(arms: list[Arm]) -> list[str]:
             f"{other.name} costs {other.training_flops_per_token / first.training_flops_per_token:.2f} times the training FLOPs a token "
             f"of {first.name}, {first.tokens_per_second / other.tokens_per_second:.2f} times the time a token and "
             f"{other.peak_memory_bytes / max(first.peak_memory_bytes, 1):.2f} times the peak memory. Within {budget:.4g} training FLOPs, "
-            f"held-out NLL came to {_within(first, budget):.4f} for {first.name} and {_within(other, budget):.4f} for {other.name}. "
-            + _race([arm for arm in arms if arm.objective == first.objective], other),
+            f"held-out NLL came to {_within(first, budget):.4f} for {first.name} and {_within(other, budget):.4f} for {other.name}.",
             "",
         ]
     return text
-
-
-def _race(alike: list[Arm], other: Arm) -> str:
-    """The earliest evaluation of any of these arms that was no worse than the NLL that the other ends with; between evaluations nothing
-    is known."""
-    goal = f"the {other.validation_nll:.4f} that {other.name} has after {other.seconds:.1f} s"
-    reached = [(seconds, nll, arm.name) for arm in alike for _, seconds, nll in arm.curve if nll <= other.validation_nll]
-    if not reached:
-        return f"{' and '.join(arm.name for arm in alike)}: never down to {goal}."
-    seconds, nll, name = min(reached)
-    return f"{name} had {nll:.4f} after {seconds:.1f} s, {seconds / other.seconds:.3f} of the time to {goal}."
 
 
 def _within(arm: Arm, flops: float) -> float:

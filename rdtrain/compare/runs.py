@@ -1,0 +1,96 @@
+"""A run as a comparison sees it: what it is, what it cost, and its held-out NLL as it went, all from its own folder."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config, load_config
+from ..errors import UserError
+from ..metrics import read_metrics
+
+
+@dataclass
+class Arm:
+    """One run as the report shows it. Times in seconds, memory in bytes, NLL in nats per token. settings: all that decides its result but
+    the seed, as text: runs with the same are repetitions of each other."""
+
+    name: str
+    objective: str
+    settings: str
+    seed: int
+    folder: str
+    machine: str
+    ranks: int
+    precision: str
+    learning_rate: float
+    learning_rate_source: str
+    parameters: int
+    training_flops_per_token: float
+    steps: int
+    tokens: int
+    training_flops: float
+    seconds: float
+    step_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    validation_nll: float
+    validation_bits_per_byte: float
+    curve: list[tuple[float, float, float]]
+    """(training FLOPs, seconds, held-out NLL) of each evaluation."""
+
+
+def read_arm(folder: Path) -> Arm:
+    """The run in a folder. UserError where there is none, or it has not been evaluated."""
+    try:
+        facts = json.loads((folder / "run.json").read_text())
+        facts["tokens_per_step"]
+        records = read_metrics(folder / "metrics.jsonl")
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{folder} is not a run that has trained (no whole run.json and metrics.jsonl): give run folders") from None
+    config = load_config(folder / "config.yaml")
+    evaluated = [record for record in records if "validation_nll" in record]
+    timed = [record for record in records if "step_seconds" in record]
+    if not timed or not evaluated or evaluated[-1]["step"] == 0:
+        raise UserError(f"the run in {folder} has not been evaluated since it started: let it train for longer")
+    last = evaluated[-1]
+    # The first record holds the start-up: kernels chosen, memory first touched.
+    step_seconds = statistics.median(record["step_seconds"] for record in timed[1:] or timed)
+    return Arm(
+        name=facts["name"],
+        objective=_objective(config),
+        settings=json.dumps(config.result_settings() | {"seed": None}),
+        seed=config.run.seed,
+        folder=str(folder),
+        machine=facts["machine"],
+        ranks=facts["ranks"],
+        precision=facts["precision"],
+        learning_rate=config.optimizer.learning_rate,
+        learning_rate_source=config.optimizer.learning_rate_source,
+        parameters=facts["parameters"],
+        training_flops_per_token=facts["training_flops_per_token"],
+        steps=last["step"],
+        tokens=last["tokens"],
+        training_flops=last["training_flops"],
+        seconds=last["seconds"],
+        step_seconds=step_seconds,
+        tokens_per_second=facts["tokens_per_step"] / step_seconds,
+        peak_memory_bytes=max(record["peak_memory_bytes"] for record in timed),
+        validation_nll=last["validation_nll"],
+        validation_bits_per_byte=last["validation_bits_per_byte"],
+        curve=[(record["training_flops"], record["seconds"], record["validation_nll"]) for record in evaluated],
+    )
+
+
+def _objective(config: Config) -> str:
+    """The objective as the report names it."""
+    objective = config.objective
+    if objective.name == "diffusion_blocks":
+        changes = [name.replace("_", " ") for name in ("self_conditioning", "chain_states", "core_readout") if getattr(objective, name)]
+        return ", ".join([objective.name, *changes] + [f"{config.model.blocks} blocks"] * (config.model.blocks > 1))
+    if objective.name == "one_pass":
+        return objective.name
+    last = f" {objective.trained_iterations}" if objective.gradient == "truncated" else ""
+    depth = "Poisson depth" if objective.depth == "poisson" else "depth"
+    again = ", activation checkpointing" if objective.activation_checkpointing else ""
+    return f"bptt {objective.gradient}{last}, {depth} {config.model.iterations}{again}"
