@@ -320,18 +320,24 @@ def _checkpoint_verify(arguments) -> int:
 
 def _add_compare(verbs) -> None:
     parser = _verb(
-        verbs, "compare", _compare, "report runs side by side",
-        "Writes report.md, report.json and plots of held-out NLL against training FLOPs and time: what a token costs, speed, memory, and "
-        "how soon the first run reaches what the others end with.",
+        verbs, "compare", _compare, "report runs side by side, or train them first",
+        "Of run folders, writes report.md, report.html (one file), report.json and plots: what it takes the first run to reach what the "
+        "others end with, what a token costs, speed, memory, and held-out NLL against training FLOPs and time. Of an experiment file "
+        "(configs/compare-quickstart.yaml is one, and explains itself), first measures, trains and evaluates its arms for the same budget; "
+        "started again, it goes on.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or one experiment file (.yaml)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
 
 
 def _compare(arguments) -> None:
+    from .compare.experiment import run_experiment
     from .compare.report import compare
 
-    print(compare(arguments.runs, arguments.output))
+    experiments = [path for path in arguments.runs if path.suffix in (".yaml", ".yml") and not path.is_dir()]
+    if experiments and len(arguments.runs) > 1:
+        raise UserError("an experiment file says what is compared: give it alone, or run folders alone")
+    print(run_experiment(experiments[0], arguments.output) if experiments else compare(arguments.runs, arguments.output))
 
 
 def _add_evaluate(verbs) -> None:

@@ -126,10 +126,10 @@ class Config:
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """A config from a YAML file (or the defaults) and `section.key=value` overrides. UserError for anything wrong with them."""
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
-    return _build(Config, tree, "", str(path) if path is not None else "the command line")
+    return build(Config, tree, "", str(path) if path is not None else "the command line")
 
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
@@ -137,7 +137,7 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     tree = dataclasses.asdict(config)
     for each in overrides:
         _apply_override(tree, each)
-    return _build(Config, tree, "", "the command line")
+    return build(Config, tree, "", "the command line")
 
 
 def config_to_yaml(config: Config) -> str:
@@ -156,7 +156,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The sections of a YAML file, merged over those of its `base`. UserError where it cannot be read."""
     if path.resolve() in seen:
         raise UserError(f"config {path} is its own base: remove the circle of `base:` lines")
     try:
@@ -174,7 +175,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), tree)
+    return _merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), tree)
 
 
 def _merge(under: dict, over: dict) -> dict:
@@ -200,9 +201,15 @@ def _apply_override(tree: dict, override: str) -> None:
     section[keys[1]] = value
 
 
-def _build(kind: type, tree: dict, prefix: str, origin: str) -> Any:
-    """An instance of a dataclass from a tree of plain values; types are strict (no "4" for 4, no 4.0 for 4, no 1 for true)."""
+def build(kind: type, tree: dict, prefix: str, origin: str) -> Any:
+    """An instance of a dataclass from a tree of plain values; types are strict (no "4" for 4, no 4.0 for 4, no 1 for true).
+
+    UserError for what is wrong with them, by the names of the keys, behind `prefix`, and of what holds them, `origin`.
+    """
     fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    for needed in dataclasses.fields(kind):
+        if needed.name not in tree and needed.default is needed.default_factory is dataclasses.MISSING:
+            raise UserError(f"{origin} has no '{prefix}{needed.name}': add it")
     values = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -213,7 +220,7 @@ def _build(kind: type, tree: dict, prefix: str, origin: str) -> Any:
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 raise UserError(f"'{name}' in {origin} must be a section with keys below it, and it is {value!r}")
-            values[key] = _build(fields[key], value, f"{name}.", origin)
+            values[key] = build(fields[key], value, f"{name}.", origin)
             continue
         try:
             values[key] = TypeAdapter(fields[key], config={"strict": True, "allow_inf_nan": False}).validate_python(value)

@@ -1,0 +1,222 @@
+"""An experiment: arms of one config, trained for the same budget and compared, all from one YAML file.
+
+    config: quickstart.yaml                # of all arms; paths count from this file
+    arms:                                  # name: overrides of its own; the first is what the others are compared with
+      denoising blocks: []
+      truncated BPTT: [objective.name=bptt, optimizer.learning_rate=4e-3]
+    seeds: [0, 1]                          # of each arm; [0] if left out
+    budget: {training_flops: 1.2e13}       # or {seconds: 120}: of each run
+    launcher: [deepspeed, --num_gpus, "2", --, launch/train.py]    # one process of `rdtrain train` if left out
+    devices: ["0", "1"]                    # runs side by side, each with this in CUDA_VISIBLE_DEVICES; one after another if left out
+    evaluate: [--prompts, "200"]           # options of `rdtrain evaluate`, made of the first seed's runs; none if left out
+
+Everything goes into the output folder: a run's folder and log by its name, bench/ARM with time and memory of a step, evaluation/, and the
+report. Started again it goes on: runs continue, and what is complete stays. Notable: a budget of seconds becomes a number of steps, by the
+time that a step takes in bench/ARM, since the learning rate must know where the run ends.
+"""
+
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import Config, build, config_to_yaml, load_config, override, read_yaml
+from ..data.output import write_atomically
+from ..errors import UserError
+from ..tables import bytes_text
+from .report import compare
+from .samples import side_by_side
+
+RDTRAIN = [sys.executable, "-m", "rdtrain.cli"]
+
+
+@dataclass
+class Budget:
+    """What each run may spend: one of both.
+
+    training_flops: floating-point operations. seconds: of training, without compilation.
+    """
+
+    training_flops: float | None = None
+    seconds: float | None = None
+
+    def __post_init__(self):
+        """ValueError for none, both, or what is not positive."""
+        if (self.training_flops is None) == (self.seconds is None):
+            raise ValueError("one of training_flops and seconds must be given, and not both")
+        if not (self.training_flops or self.seconds) > 0:
+            raise ValueError("it must be positive")
+
+
+@dataclass
+class Experiment:
+    """The file's fields, see above."""
+
+    config: str
+    arms: dict[str, list[str]]
+    budget: Budget
+    seeds: list[int] = field(default_factory=lambda: [0])
+    launcher: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        """ValueError for nothing to compare, and names that are no folders."""
+        if len(self.arms) < 2 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a comparison needs two arms and different seeds")
+        wrong = [name for name in self.arms if folder_name(name) in ("", "bench", "evaluation")]
+        if wrong or len(set(map(folder_name, self.arms))) < len(self.arms):
+            names = ", ".join(self.arms)
+            raise ValueError(f"arms need names of their own, in letters, other than bench and evaluation, and they are {names}")
+
+
+@dataclass
+class Run:
+    """One run of an experiment. arm: its name; first: whether its seed is the first one."""
+
+    arm: str
+    first: bool
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Where it trains."""
+        return Path(self.config.run.folder)
+
+
+def folder_name(name: str) -> str:
+    """The name of an arm as that of a folder."""
+    words = "".join(letter if letter.isalnum() or letter in "-_." else " " for letter in name.lower())
+    return "-".join(words.split()).strip(".-")
+
+
+def load_experiment(path: Path) -> Experiment:
+    """The experiment in a file. UserError for anything wrong with it."""
+    return build(Experiment, read_yaml(path), "", str(path))
+
+
+def run_experiment(path: Path, output: Path) -> str:
+    """Train, measure and evaluate what is not there yet, and write the report; returns its text. UserError for what a user can mend."""
+    experiment = load_experiment(path)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {output} cannot be made ({error.strerror}): choose another --output") from None
+    configs = {arm: load_config(path.parent / experiment.config, overrides) for arm, overrides in experiment.arms.items()}
+    measured = {arm: _measure(arm, config, output, experiment) for arm, config in configs.items()}
+    runs = [
+        Run(arm, seed == experiment.seeds[0], _for_budget(arm, config, seed, experiment, measured[arm], output))
+        for seed in experiment.seeds for arm, config in configs.items()
+    ]
+    _train_all(runs, experiment)
+    more = _step_table(measured)
+    if experiment.evaluate:
+        more += _evaluated([run for run in runs if run.first], output, experiment)
+    return compare([run.folder for run in runs], output, more)
+
+
+def _measure(arm: str, config: Config, output: Path, experiment: Experiment) -> dict:
+    """What `rdtrain bench` finds of an arm, or has found."""
+    folder = output / "bench" / folder_name(arm)
+    file, known = folder / "bench.json", folder / "config.yaml"
+    text = config_to_yaml(config)
+    if not (file.exists() and known.exists() and known.read_text() == text):
+        print(f"measuring a step of {arm}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, text)
+        device = experiment.devices[:1]
+        _call([*RDTRAIN, "bench", str(known), "--output", str(folder)], folder / "bench.log", device[0] if device else None)
+    return json.loads(file.read_text())["measurements"][0]
+
+
+def _for_budget(arm: str, config: Config, seed: int, experiment: Experiment, measured: dict, output: Path) -> Config:
+    budget, name = experiment.budget, arm if len(experiment.seeds) == 1 else f"{arm}, seed {seed}"
+    if budget.training_flops is not None:
+        length = ["schedule.steps=null", f"schedule.training_flops={budget.training_flops}"]
+    else:
+        if measured["out_of_memory"]:
+            raise UserError(f"a step of {arm} runs out of memory: lower its batch.micro_sequences, or see `rdtrain plan` for what fits")
+        steps = max(1, int(budget.seconds / measured["step_seconds"]["typical"]))
+        length = ["schedule.training_flops=null", f"schedule.steps={steps}"]
+    config = override(config, [f"run.seed={seed}", *length])
+    run = dataclasses.replace(config.run, name=name, folder=str(output / folder_name(name)))
+    return dataclasses.replace(config, run=run)
+
+
+def _train_all(runs: list[Run], experiment: Experiment) -> None:
+    """One after another, or one on each device at a time. UserError, once those under way have ended, where one has failed."""
+    devices = queue.SimpleQueue()
+    for device in experiment.devices or [None]:
+        devices.put(device)
+    command = experiment.launcher or [*RDTRAIN, "train"]
+
+    def train(run: Run) -> None:
+        file, log = run.folder.with_suffix(".yaml"), run.folder.with_suffix(".log")
+        write_atomically(file, config_to_yaml(run.config))
+        device = devices.get()
+        try:
+            print(f"training {run.config.run.name}, see {log} or `rdtrain watch {run.folder}`", flush=True)
+            _call([*command, "--config", str(file)], log, device)
+        finally:
+            devices.put(device)
+
+    if len(experiment.devices) < 2:
+        for run in runs:
+            train(run)
+        return
+    with ThreadPoolExecutor(len(experiment.devices)) as pool:
+        jobs = [pool.submit(train, run) for run in runs]
+        for job in jobs:
+            try:
+                job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _call(command: list[str], log: Path, device: str | None) -> None:
+    """Run a command with its output in a file. UserError with its last line where it fails."""
+    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    with log.open("ab") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    if code:
+        lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+        said = next((line for line in reversed(lines) if line.startswith("rdtrain: ")), lines[-1] if lines else "nothing was said")
+        raise UserError(f"`{' '.join(command)}` ended with code {code} ({said.removeprefix('rdtrain: ')}): see {log}, and start again")
+
+
+def _step_table(measured: dict[str, dict]) -> str:
+    """Time and memory of a step of each arm, as Markdown."""
+    kinds = ("peak", "weights", "gradients", "optimizer_state", "activations")
+    header = ["arm", "ms a step", "tokens/s", "MFU", "busy ms", "host ms", *(kind.replace("_", " ") for kind in kinds)]
+    rows = []
+    for arm, found in measured.items():
+        if found["out_of_memory"]:
+            rows.append([arm, "out of memory", *[""] * (len(header) - 2)])
+            continue
+        seconds = [found["step_seconds"]["typical"], found["busy_seconds"], found["enqueue_seconds"]]
+        step, busy, host = ("-" if each is None else f"{1000 * each:.1f}" for each in seconds)
+        mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
+        memory = (found["memory"].get(kind) for kind in kinds)
+        sizes = ["-" if each is None else bytes_text(each) for each in memory]
+        rows.append([arm, step, f"{found['tokens_per_second']:,.0f}", mfu, busy, host, *sizes])
+    table = [header, ["---"] * len(header), *rows]
+    lines = ["## A step", "", *("| " + " | ".join(row) + " |" for row in table), ""]
+    return "\n".join(["", *lines, "By `rdtrain bench`, in one process; its documentation says what each column is.", ""])
+
+
+def _evaluated(runs: list[Run], output: Path, experiment: Experiment) -> str:
+    """`rdtrain evaluate`'s report of the runs, as a part of this one; made where it is not there."""
+    folder = output / "evaluation"
+    if not (folder / "report.md").exists():
+        print(f"evaluating {', '.join(run.config.run.name for run in runs)}", flush=True)
+        command = [*RDTRAIN, "evaluate", *(str(run.folder) for run in runs), "--shards", runs[0].config.data.validation]
+        _call([*command, "--output", str(folder), *experiment.evaluate], output / "evaluation.log", (experiment.devices or [None])[0])
+    text = (folder / "report.md").read_text().replace("](", "](evaluation/")
+    text = "\n".join(f"#{line}" if line.startswith("#") else line for line in text.splitlines())
+    return f"\n{text}\n{side_by_side(sorted(folder.glob('samples-*.jsonl')))}"
