@@ -74,6 +74,14 @@ def test_a_budget_of_seconds_becomes_steps_by_what_a_step_takes(experiment, call
         assert steps == max(1, int(0.5 / measured["step_seconds"]["typical"]))
 
 
+@pytest.mark.parametrize("path", sorted(Path("configs/experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_of_the_project_is_one(path):
+    experiment = load_experiment(path)
+    for overrides in experiment.arms.values():
+        load_config(path.parent / experiment.config, overrides)
+    build_parser().parse_args(["evaluate", "runs/run", "--output", "out", *experiment.evaluate])
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"budget": {}}, "one of training_flops and seconds must be given"),
     ({"budget": {"seconds": -1.0}}, "it must be positive"),
