@@ -323,8 +323,8 @@ def _add_compare(verbs) -> None:
         verbs, "compare", _compare, "report runs side by side, or train them first",
         "Of run folders, writes report.md, report.html (one file), report.json and plots: what it takes the first run to reach what the "
         "others end with, what a token costs, speed, memory, and held-out NLL against training FLOPs and time. Of an experiment file "
-        "(configs/experiments/quickstart.yaml is one, and explains itself), first measures, trains and evaluates its arms for the same budget; "
-        "started again, it goes on.",
+        "(configs/experiments/quickstart.yaml is one, and explains itself), first measures, trains and evaluates its arms for the same "
+        "budget; started again, it goes on.",
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, or one experiment file (.yaml)")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
