@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from ..config import Config
+from ..data.mixture import open_loader
 from ..data.output import write_atomically
-from ..data.shards import ShardReader
 from ..distributed import World, leave
 from ..errors import UserError, first_line, out_of_memory
 from ..run_folder import start_facts
@@ -50,8 +50,7 @@ class BenchSettings:
 def bench(config: Config, settings: BenchSettings) -> str | None:
     """Measure; returns the tables, on rank 0 alone. Every rank calls this. UserError for anything that a user can mend."""
     world, effort = World.from_environment(), settings.effort
-    reader = _reader(config, settings)
-    vocab_size = settings.vocab_size or reader.vocab_size
+    vocab_size = settings.vocab_size or _vocab_size(config, settings)
     planned = cases(config, settings.compare, settings.sweep)
     known = [on_paper(case, world, vocab_size, effort) for case in planned]  # so that what is wrong is found before the first one runs
     swept = settings.sweep[0].partition("=")[0] if settings.sweep else None
@@ -65,7 +64,7 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     kept, rows = _kept(settings, report) if settings.resume else [], []
     for case, row in zip(planned, known, strict=True):
         before = [other for other in kept if _same(other, row)]
-        rows.append(before[0] if before else _measure_or_run_out(case, row, world, effort, reader if effort.shards else None))
+        rows.append(before[0] if before else _measure_or_run_out(case, row, world, effort))
         if settings.output is not None and world.is_main:
             done = {"complete": len(rows) == len(planned), "measurements": [asdict(row) for row in rows]}
             write_atomically(settings.output / "bench.json", json.dumps(report | done, indent=1) + "\n")
@@ -77,21 +76,19 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     return tables(rows, swept)
 
 
-def _reader(config: Config, settings: BenchSettings) -> ShardReader | None:
-    if settings.vocab_size is not None:
-        return None
+def _vocab_size(config: Config, settings: BenchSettings) -> int:
     try:
-        return ShardReader(Path(config.data.train))
+        return open_loader(config.data.train, config.data.mixture, config.data.sequence_length, config.run.seed).reader.vocab_size
     except UserError as error:
         if settings.effort.shards:
             raise
         raise UserError(f"the number of tokens in the vocabulary is not known, as {error}; or give --vocab-size") from None
 
 
-def _measure_or_run_out(case: Case, known: Measurement, world: World, effort: Effort, reader: ShardReader | None) -> Measurement:
+def _measure_or_run_out(case: Case, known: Measurement, world: World, effort: Effort) -> Measurement:
     """A measurement, with nothing left of it in memory; where memory runs out, what is known without one."""
     try:
-        found = measure(case, known, world, effort, reader)
+        found = measure(case, known, world, effort)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error) or world.size > 1:  # the other ranks wait in a collective call
             raise

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data.loader import Loader, rank_indices, read_ahead
-from ..data.shards import ShardReader
-from ..distributed import World, agree, on_device
+from ..data.loader import rank_indices, read_ahead
+from ..data.mixture import open_loader
+from ..distributed import World, agree, on_device, pinned
 from ..engine import build_engine, start_processes
 from ..estimate import FP32, Shares, activation_bytes, engine_memory, logit_bytes, model_on_paper
 from ..faults import StepJudge
@@ -141,8 +141,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def measure(case: Case, known: Measurement, world: World, effort: Effort, reader: ShardReader | None) -> Measurement:
-    """`known`, of `on_paper`, and all that running the case shows. Collective. reader: of the shards, None for random tokens.
+def measure(case: Case, known: Measurement, world: World, effort: Effort) -> Measurement:
+    """`known`, of `on_paper`, and all that running the case shows. Collective.
 
     RuntimeError and MemoryError where memory runs out; what was allocated goes with the error.
     """
@@ -159,7 +159,7 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort, reader
     result = replace(known)
     judge, sums, seed = StepJudge(config.faults, config.model.blocks, world), MetricSums(), config.run.seed
     timed = range(effort.warmup, effort.warmup + effort.steps)
-    batches, step = _batches(config, model_config, world, reader, timed.stop + ENQUEUED + 2 * TRACED + 3), 0
+    batches, step = _batches(config, model_config, world, effort.shards, timed.stop + ENQUEUED + 2 * TRACED + 3), 0
 
     def advance() -> None:
         """One step, as the training loop makes it, which lets the host be one step ahead of the device."""
@@ -234,16 +234,16 @@ def _fill_in_rates(result: Measurement, durations: list[float], flops: list[tupl
         result.host_bound = result.busy_seconds < HOST_BOUND * typical
 
 
-def _batches(config: Config, model: ModelConfig, world: World, reader: ShardReader | None, steps: int):
+def _batches(config: Config, model: ModelConfig, world: World, shards: bool, steps: int):
     """An iterator of this rank's micro-batches of each step, (samples, tokens on the CPU), which can be closed."""
     batch, groups = config.batch, config.engine.groups(config.model.blocks)
 
     def shares(step: int) -> list[range]:
         return rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences, groups)
 
-    if reader is not None:
-        loader = Loader(reader, config.data.sequence_length, config.run.seed)
-        return read_ahead(lambda step: [(share, loader.batch(share)) for share in shares(step)], 0, steps)
+    if shards:
+        loader = open_loader(config.data.train, config.data.mixture, config.data.sequence_length, config.run.seed)
+        return read_ahead(lambda step: [(share, pinned(loader.batch(share), world.device)) for share in shares(step)], 0, steps)
     generator = torch.Generator().manual_seed(world.rank)
     shape = (batch.micro_sequences, config.data.sequence_length + 1)
     pool: list[Tensor] = [torch.randint(model.vocab_size, shape, generator=generator) for _ in range(POOL)]

@@ -11,6 +11,7 @@ carries a CRC-32C, so damage is noticed while reading; a missing or cut shard fi
 and `ShardReader.find_damage` checks every byte, the manifest's own too. `rdtrain.data.sharding` writes them.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import zarr
 from tqdm import tqdm
 
 from ..errors import UserError
+from .chunks import ChunkedArray, read_range
 from .output import file_facts
 
 FORMAT_VERSION = 2
@@ -70,7 +72,11 @@ class ShardReader:
         self.bytes_per_token = self.text_bytes / len(self)
         if open_arrays:
             group = zarr.open_group(self.path / "arrays.zarr", mode="r")
-            self._tokens, self._documents = group["tokens"], group["documents"]
+            arrays = self.path / "arrays.zarr"
+            sizes = {name.removeprefix("arrays.zarr/"): facts["bytes"] for name, facts in self.manifest["files"].items()}
+            self._tokens, self._documents = (
+                ChunkedArray(group[name], functools.partial(read_range, arrays), sizes) for name in ("tokens", "documents")
+            )
 
     def __len__(self) -> int:
         return self.manifest["tokens"]
@@ -140,9 +146,9 @@ class ShardReader:
             return f"{file} has {size} bytes, not {facts['bytes']}"
         return f"{file} is damaged (its checksum is wrong)" if content and file_facts(file)["sha256"] != facts["sha256"] else None
 
-    def _decode(self, array: zarr.Array, start: int, stop: int) -> np.ndarray:
+    def _decode(self, array: ChunkedArray, start: int, stop: int) -> np.ndarray:
         try:
-            return np.asarray(array[start:stop])
+            return array[start:stop]
         except Exception as error:  # the checksum's, the decompressor's and the store's exceptions have nothing in common
             length = array.shards[0]
             for shard in range(start // length, -(-stop // length)):
