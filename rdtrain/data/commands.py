@@ -1,4 +1,5 @@
-"""The command line of `rdtrain shard` and of what belongs to it: `rdtrain shard verify`, `inspect`, `merge` and `benchmark`.
+"""The command line of `rdtrain shard` and of what belongs to it: `rdtrain shard verify`, `inspect`, `merge`, `benchmark` and
+`read-benchmark`.
 
 Notable: an action is a verb of its own whose name has a space in it, so that `rdtrain shard FILE ...` needs no word before its files.
 A file that bears the name of an action is given as ./verify.
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-ACTIONS = ("verify", "inspect", "merge", "benchmark")
+ACTIONS = ("verify", "inspect", "merge", "benchmark", "read-benchmark")
 
 
 def join_action(arguments: list[str]) -> list[str]:
@@ -27,8 +28,8 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         verbs, "shard", _shard, "tokenize text into zarr shards",
         "Reads documents, drops exact duplicates, tokenizes on all cores and writes a folder of zarr 3 token shards with document "
         "boundaries, checksums, and the tokenizer that made them. What cannot be read is left out, counted and named. A run that was "
-        "stopped continues when the same command is started again. `rdtrain shard verify`, `inspect`, `merge` and `benchmark` have a help "
-        "of their own.",
+        "stopped continues when the same command is started again. `rdtrain shard verify`, `inspect`, `merge`, `benchmark` and "
+        "`read-benchmark` have a help of their own.",
     )
     parser.add_argument(
         "inputs", nargs="*", help="text, JSONL (also .gz, .xz, .zst), Parquet, folders, patterns, or - for JSONL on standard input"
@@ -81,6 +82,16 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to work in; what is made there is deleted again")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the input")
     _add_workers(parser)
+    parser = add_verb(
+        verbs, "shard read-benchmark", _read_benchmark, "measure reading in training order",
+        "Reads shards in the shuffled order of training, and the same windows by np.memmap, zarr and, where it is installed, tensorstore; "
+        "prints tokens a second.",
+    )
+    parser.add_argument("folder", type=Path, help="folder of shards")
+    parser.add_argument("--output", type=Path, required=True, help="folder for an uncompressed copy, which is deleted again")
+    parser.add_argument("--sequence-length", type=int, default=512, help="predicted tokens of a window (default: 512)")
+    parser.add_argument("--batch", type=int, default=64, help="windows read together (default: 64)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long each way is measured at a time, three times (default: 3)")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +163,12 @@ def _benchmark(arguments) -> None:
     from .sharding_benchmark import benchmark
 
     print(benchmark(_load_tokenizer(arguments.tokenizer), arguments.output, arguments.megabytes, arguments.workers))
+
+
+def _read_benchmark(arguments) -> None:
+    from .reading_benchmark import read_benchmark
+
+    print(read_benchmark(arguments.folder, arguments.output, arguments.sequence_length, arguments.batch, arguments.seconds))
 
 
 def _load_tokenizer(path: Path):
