@@ -4,7 +4,6 @@ What is read is the same: the codecs are those that `rdtrain.data.array_files` w
 and the checksums of index and chunks are compared. zarr opens the array and says what it is.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,10 @@ import numcodecs.blosc
 import numpy as np
 import zarr
 
+from ..errors import UserError
+
 CHECKSUM_BYTES = 4
+INDEXES = 1024  # of shard files that are kept in memory
 
 
 class ChunkedArray:
@@ -22,17 +24,17 @@ class ChunkedArray:
     def __init__(self, array: zarr.Array, read: Callable[[str, int, int], bytes], sizes: dict[str, int]):
         """read(name, start, stop) gives bytes of a shard file, which is named as in `sizes`, its bytes: tokens/c/0.
 
-        ValueError where the array is not of the form that `rdtrain shard` writes.
+        UserError where the array is not of the form that `rdtrain shard` writes.
         """
         self.path, self.shards = array.path, array.shards
         codecs = [codec.to_dict() for codec in array.metadata.codecs]
-        inner = codecs[0]["configuration"]
+        inner = codecs[0].get("configuration", {})
         names = [[codec["name"] for codec in inner.get(kind, ())] for kind in ("codecs", "index_codecs")]
         if len(codecs) != 1 or names != [["bytes", "blosc", "crc32c"], ["bytes", "crc32c"]] or inner["index_location"] != "end":
-            raise ValueError(f"{array.path} is not compressed as rdtrain shard does it")
+            raise UserError(f"the array {array.store_path} is not compressed as rdtrain shard does it; write the shards again")
         self._dtype, self._chunk, self._length = array.dtype.newbyteorder("<"), array.chunks[0], array.shape[0]
         self._read, self._sizes = read, sizes
-        self._index = functools.lru_cache(maxsize=1024)(self._read_index)
+        self._indexes: dict[int, np.ndarray] = {}
 
     def __getitem__(self, numbers: slice) -> np.ndarray:
         """Numbers start .. stop - 1, which must lie in the array. ValueError for damage, and the exceptions of `read`."""
@@ -47,7 +49,11 @@ class ChunkedArray:
     def _decode(self, chunk: int) -> np.ndarray:
         """A chunk, [chunk]; in the last of an array what is beyond its end is fill."""
         shard, place = divmod(chunk, self.shards[0] // self._chunk)
-        start, size = self._index(shard)[place].tolist()
+        if shard not in self._indexes:
+            if len(self._indexes) == INDEXES:
+                self._indexes.clear()
+            self._indexes[shard] = self._read_index(shard)
+        start, size = self._indexes[shard][place].tolist()
         content = _checked(self._read(self._name(shard), start, start + size), size)
         numbers = np.frombuffer(numcodecs.blosc.decompress(content), self._dtype)
         if len(numbers) != self._chunk:
@@ -66,7 +72,7 @@ class ChunkedArray:
 
 def read_range(folder: Path, name: str, start: int, stop: int) -> bytes:
     """Bytes start .. stop - 1 of a file in a folder."""
-    with open(folder / name, "rb", buffering=0) as file:
+    with open(folder / name, "rb") as file:
         file.seek(start)
         return file.read(stop - start)
 
