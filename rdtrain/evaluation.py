@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .data.loader import validation_windows
+from .data.rows import bytes_per_target, validation_documents
 from .data.shards import ShardReader
 from .distributed import World
 from .engine import Engine
@@ -23,15 +24,17 @@ from .randomness import SampleRandom
 
 @torch.no_grad()
 def held_out_nll(nll: Callable[[Tensor, SampleRandom], Tensor], tokens: Tensor, indices: Sequence[int], micro_batch: int,
-                 device: torch.device) -> Iterator[Tensor]:
-    """Yield the nats of each predicted token, fp32 [b, T], of so many of the sequences tokens [N, T + 1] at a time.
+                 device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the nats of each predicted token, fp32 [b, T], and these tokens, [b, T], of so many of the sequences tokens [N, T + 1] at a
+    time.
 
     nll: an engine's, or an objective's with its model. indices: N numbers that pick the noise of each sequence, whatever the
     micro-batch.
     """
     for start in range(0, len(indices), micro_batch):
         part = slice(start, start + micro_batch)
-        yield nll(tokens[part].to(device), SampleRandom("validation", indices[part], device))
+        rows = tokens[part].to(device)
+        yield nll(rows, SampleRandom("validation", indices[part], device)), rows[:, 1:]
 
 
 @dataclass
@@ -51,13 +54,24 @@ class EvaluationSettings:
             raise ValueError("interval and sequences must be at least 1")
 
 
+def validation_rows(reader: ShardReader, sequence_length: int, count: int, rows: str) -> tuple[Tensor, float]:
+    """Held-out sequences, int64 [N, sequence_length + 1], the first `count` that there are, and the bytes of text for each target.
+
+    rows: `packed` or `documents`, as DataSettings has it. UserError where there is no sequence.
+    """
+    if rows == "documents":
+        return validation_documents(reader, sequence_length, count), bytes_per_target(reader)
+    return validation_windows(reader, sequence_length, count), reader.bytes_per_token
+
+
 class Evaluator:
     """Reads its sequences once and evaluates them whenever it is asked."""
 
-    def __init__(self, reader: ShardReader, sequence_length: int, settings: EvaluationSettings, micro_batch: int, world: World, ranks: int):
-        """ranks: so many, from rank 0 on, can compute likelihoods; the others make as many passes, of which nothing counts. Raises
-        UserError when the validation shards hold no whole sequence."""
-        tokens = validation_windows(reader, sequence_length, settings.sequences)
+    def __init__(self, reader: ShardReader, sequence_length: int, settings: EvaluationSettings, micro_batch: int, world: World, ranks: int,
+                 rows: str = "packed"):
+        """ranks: so many, from rank 0 on, can compute likelihoods; the others make as many passes, of which nothing counts. rows: as
+        `validation_rows` takes it. Raises UserError when the validation shards hold no whole sequence."""
+        tokens, self._bytes_per_token = validation_rows(reader, sequence_length, settings.sequences, rows)
         share = math.ceil(len(tokens) / ranks)
         mine = [min(place * ranks + world.rank % ranks, len(tokens) - 1) for place in range(share)]
         # Where they cannot be shared evenly, some ranks end with the last sequence of all, which is not theirs to count.
@@ -65,7 +79,6 @@ class Evaluator:
         self._tokens, self._indices = tokens[mine], mine
         self._micro_batch = micro_batch
         self._world = world
-        self._bytes_per_token = reader.bytes_per_token
 
     def __call__(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """{"validation_nll": nats per token, "validation_bits_per_byte": ...}. A collective call.
@@ -74,9 +87,9 @@ class Evaluator:
         """
         device = self._world.device
         total, counted = torch.zeros(2, dtype=torch.float64, device=device), self._counted
-        for nll in held_out_nll(engine.held_out_nll, self._tokens, self._indices, self._micro_batch, device):
-            nll, counted = nll[:counted], max(0, counted - len(nll))
-            total += torch.stack(sum_and_count(nll.double()))
+        for nll, targets in held_out_nll(engine.held_out_nll, self._tokens, self._indices, self._micro_batch, device):
+            total += torch.stack(sum_and_count(nll[:counted].double(), targets[:counted]))
+            counted = max(0, counted - len(nll))
             if stop():
                 return None
         nll_sum, count = self._world.sum(total).tolist()

@@ -53,7 +53,8 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     reader = _reader(config, settings)
     vocab_size = settings.vocab_size or reader.vocab_size
     planned = cases(config, settings.compare, settings.sweep)
-    known = [on_paper(case, world, vocab_size, effort) for case in planned]  # so that what is wrong is found before the first one runs
+    bos_id = reader.manifest["bos_id"] if reader else 0
+    known = [on_paper(case, world, vocab_size, effort, bos_id) for case in planned]  # so that what is wrong is found before the first runs
     swept = settings.sweep[0].partition("=")[0] if settings.sweep else None
     options = {"warmup": effort.warmup, "steps": effort.steps, "shards": effort.shards, "swept": swept}
     report = {"facts": start_facts(world.device.type), **options}
