@@ -18,8 +18,11 @@ from ..model.linear_cross_entropy import IGNORED
 from .loader import BLOCK_WINDOWS, BUFFER_BLOCKS, SampleOrder
 from .shards import CHUNK_TOKENS, ShardReader
 
-STARTS_AT_A_TIME = 2**20
-"""Documents whose lengths are looked at together."""
+PART = CHUNK_TOKENS
+"""Documents whose starts are read together, a multiple of BLOCK_WINDOWS."""
+
+PARTS_KEPT = 32
+"""Parts whose starts are kept in memory, a MiB each."""
 
 
 class DocumentRows:
@@ -34,10 +37,10 @@ class DocumentRows:
         self.reader, self.sequence_length = reader, sequence_length
         self.samples_per_epoch = _count_documents(reader)
         self.order = SampleOrder(self.samples_per_epoch, seed)
+        self._starts = functools.lru_cache(maxsize=PARTS_KEPT)(self._read_starts)
         self.cut = targets = 0
-        for first in range(0, self.samples_per_epoch, STARTS_AT_A_TIME):
-            last = min(first + STARTS_AT_A_TIME, self.samples_per_epoch)
-            lengths = np.diff(reader.document_starts(first, last + 1))
+        for part in range(-(-self.samples_per_epoch // PART)):
+            lengths = np.diff(self._starts(part))
             self.cut += int((lengths > sequence_length + 1).sum())
             targets += int(np.minimum(lengths - 1, sequence_length).sum())
         self.filled = targets / (self.samples_per_epoch * sequence_length)
@@ -60,9 +63,12 @@ class DocumentRows:
             row[:] = self._block(block)[offset]
         return torch.from_numpy(rows)
 
+    def _read_starts(self, part: int) -> np.ndarray:
+        return self.reader.document_starts(part * PART, min((part + 1) * PART, self.samples_per_epoch) + 1)
+
     def _read_block(self, block: int) -> np.ndarray:
-        first = block * BLOCK_WINDOWS
-        return _read_rows(self.reader, first, min(first + BLOCK_WINDOWS, self.samples_per_epoch), self.sequence_length)
+        part, first = divmod(block * BLOCK_WINDOWS, PART)
+        return _read_rows(self.reader, self._starts(part)[first : first + BLOCK_WINDOWS + 1], self.sequence_length)
 
 
 def validation_documents(reader: ShardReader, sequence_length: int, count: int) -> Tensor:
@@ -70,8 +76,9 @@ def validation_documents(reader: ShardReader, sequence_length: int, count: int) 
 
     UserError when there is none.
     """
-    last = min(count, _count_documents(reader))
-    rows = [_read_rows(reader, first, min(first + BLOCK_WINDOWS, last), sequence_length) for first in range(0, last, BLOCK_WINDOWS)]
+    starts = reader.document_starts(0, min(count, _count_documents(reader)) + 1)
+    parts = (starts[first : first + BLOCK_WINDOWS + 1] for first in range(0, len(starts) - 1, BLOCK_WINDOWS))
+    rows = [_read_rows(reader, part, sequence_length) for part in parts]
     return torch.from_numpy(np.concatenate(rows)).long()
 
 
@@ -86,11 +93,10 @@ def _count_documents(reader: ShardReader) -> int:
     return reader.document_count
 
 
-def _read_rows(reader: ShardReader, first: int, last: int, sequence_length: int) -> np.ndarray:
-    """Documents first .. last - 1 as rows, int32 [last - first, sequence_length + 1]."""
-    starts = reader.document_starts(first, last + 1)
+def _read_rows(reader: ShardReader, starts: np.ndarray, sequence_length: int) -> np.ndarray:
+    """N neighbouring documents as rows, int32 [N, sequence_length + 1]; starts [N + 1]: of each, and of the one after them."""
     starts, stops = starts[:-1], np.minimum(starts[1:], starts[:-1] + sequence_length + 1)
-    rows = np.full((last - first, sequence_length + 1), IGNORED, np.int32)
+    rows = np.full((len(starts), sequence_length + 1), IGNORED, np.int32)
     apart = np.flatnonzero(starts[1:] - stops[:-1] > CHUNK_TOKENS) + 1
     for begin, end in zip([0, *apart], [*apart, len(rows)]):
         tokens = reader.read(int(starts[begin]), int(stops[end - 1]))

@@ -86,7 +86,9 @@ def document_mask(ids: Tensor, mark: int, dtype: torch.dtype) -> Tensor:
     """
     documents = (ids == mark).cumsum(1)
     seen = (documents.unsqueeze(1) == documents.unsqueeze(2)).tril().unsqueeze(1)
-    return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, float("-inf"))
+    length = ids.shape[1]
+    aligned = -(-length // 16) * 16  # the memory-efficient kernel's layout: rows of another would be copied in each layer, and kept
+    return torch.zeros(len(ids), 1, length, aligned, dtype=dtype, device=ids.device)[..., :length].masked_fill_(~seen, float("-inf"))
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

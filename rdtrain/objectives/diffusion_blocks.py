@@ -113,9 +113,7 @@ class DiffusionBlocks(Objective):
                 z = z.index_copy(0, rows, led_to)
             if self.self_conditioning:
                 previous = previous.index_copy(0, rows, estimate)
-        state, conditioning, evidence = self._denoise_state(
-            model, z, e, sigma, sigma_data, previous=previous, block=block, mask=mask
-        )
+        state, conditioning, evidence = self._denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block, mask=mask)
         weights = edm_weight(sigma, sigma_data).expand_as(targets) if self.settings.weighting == "edm" else None
         value, losses = model.loss(state, targets, conditioning, evidence, weights, mask)
         self.information.add(sigma, losses, self._weight, counted)

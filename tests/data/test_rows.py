@@ -32,6 +32,7 @@ def expected_row(reader, document):
 @pytest.mark.parametrize("chunk", [40, 10**6])
 def test_batches_are_the_documents_of_the_order(reader, monkeypatch, chunk):
     monkeypatch.setattr(rows_module, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(rows_module, "PART", 128)
     loader = DocumentRows(reader, LENGTH, seed=5)
     assert loader.samples_per_epoch == reader.document_count == 150
     for epoch in range(2):
@@ -48,7 +49,7 @@ def test_validation_reads_the_first_documents_once(reader):
 
 
 def test_what_is_cut_and_what_is_filled_is_counted(reader, monkeypatch):
-    monkeypatch.setattr(rows_module, "STARTS_AT_A_TIME", 64)
+    monkeypatch.setattr(rows_module, "PART", 64)
     loader, lengths = DocumentRows(reader, LENGTH, seed=0), np.diff(reader.documents)
     targets = sum((row[1:] != PADDING).sum().item() for row in validation_documents(reader, LENGTH, 150))
     assert loader.cut == sum(length > LENGTH + 1 for length in lengths.tolist()) > 0
