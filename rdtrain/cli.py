@@ -320,6 +320,7 @@ def _add_evaluate(verbs) -> None:
     likelihood = parser.add_argument_group("likelihood")
     likelihood.add_argument("--sequences", type=int, default=256, help="validation sequences, from the start of the shards")
     likelihood.add_argument("--sequence-length", type=int, default=512, help="tokens of each")
+    likelihood.add_argument("--rows", choices=("packed", "documents"), default="packed", help="what a sequence is, as data.rows has it")
     likelihood.add_argument("--sigma-levels", type=int, default=24, help="noise levels of a denoising model's curve")
     likelihood.add_argument(
         "--nll-iterations", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="K",

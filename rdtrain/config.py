@@ -9,7 +9,7 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -57,6 +57,9 @@ class DataSettings:
     change_mixture: a run that is continued may have other weights and more sources than before, from the step where it goes on.
     validation: a folder written by `rdtrain shard`.
     sequence_length: T, predicted tokens of a sequence.
+    rows: what a sequence is: `packed`, T + 1 neighbouring tokens, whatever documents they are of, or `documents`, the first T + 1 tokens of
+        one document, padded where it is shorter.
+    document_masking: rows=packed only: positions attend to their own document alone, and not to those before it in the sequence.
     """
 
     train: str | dict[str, str] = "data/shards/train"
@@ -64,9 +67,15 @@ class DataSettings:
     change_mixture: bool = False
     validation: str = "data/shards/validation"
     sequence_length: int = 512
+    rows: Literal["packed", "documents"] = "packed"
+    document_masking: bool = False
 
     def __post_init__(self):
-        """ValueError for a sequence without tokens, weights that are none, and folders that none is of."""
+        """ValueError for a sequence without tokens, weights that are none, folders that none is of, and what excludes another."""
+        if self.document_masking and self.rows == "documents":
+            raise ValueError("document_masking belongs to rows=packed, and rows is documents, one in each row: leave it out")
+        if self.mixture and self.rows == "documents":
+            raise ValueError("mixture belongs to rows=packed, and rows is documents: leave it out, or set data.rows=packed")
         if self.sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, and it is {self.sequence_length}")
         if self.mixture and (min(self.mixture.values()) < 0 or not any(self.mixture.values())):

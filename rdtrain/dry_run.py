@@ -18,6 +18,7 @@ from .estimate import (
     checkpoint_bytes,
     engine_memory,
     logit_bytes,
+    mask_bytes,
     model_on_paper,
     parameters_by_part,
     step_traffic,
@@ -46,7 +47,8 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
     memory = engine_memory(shares, config, number, plan.accumulation)
     tokens = config.batch.micro_sequences * config.data.sequence_length
     per_token = activation_bytes(plan.model, plan.objective, number, device, config.run.seed, plan.total_steps)
-    memory.activations, memory.logits = round(per_token * tokens), logit_bytes(plan.model, number, tokens)
+    memory.activations = round(per_token * tokens) + mask_bytes(plan.model, number, tokens, config.data.sequence_length)
+    memory.logits = logit_bytes(plan.model, number, tokens)
     traffic = step_traffic(shares, config, plan.objective, number, plan.accumulation, ranks)
     checkpoint = checkpoint_bytes(shares, config, number)
     free = shutil.disk_usage(_standing(Path(config.run.folder))).free

@@ -22,6 +22,7 @@ from .checkpoint_storage import checkpoint_folder
 from .config import Config
 from .data.loader import Loader, rank_indices, read_ahead
 from .data.mixture import MixtureLoader, open_loader
+from .data.rows import DocumentRows
 from .data.shards import ShardReader
 from .distributed import World, agree, on_device, pinned
 from .engine import Engine, build_engine, start_processes
@@ -44,7 +45,7 @@ class Plan:
 
     objective: Objective
     model: ModelConfig
-    loader: Loader | MixtureLoader
+    loader: Loader | MixtureLoader | DocumentRows
     evaluator: Evaluator
     tokenizer: Path
     tokenizer_hash: str
@@ -57,45 +58,49 @@ class Plan:
     def make(cls, config: Config, world: World) -> "Plan":
         """Opens the shards. UserError for anything that does not fit together."""
         length = config.data.sequence_length
-        loader = open_loader(config.data.train, config.data.mixture, length, config.run.seed)
+        loader = open_loader(config.data.train, config.data.mixture, config.data.rows, length, config.run.seed)
         shards = loader.reader
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
-        objective, model = objective_and_model(config, world, shards.vocab_size)
+        objective, model = objective_and_model(config, world, shards.vocab_size, shards.manifest["bos_id"])
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
-        tokens_per_step = config.batch.global_sequences * length
-        flops_per_step = objective.training_flops(model, length) * tokens_per_step
+        if isinstance(loader, DocumentRows):
+            objective.filled = loader.filled
+        positions_per_step = config.batch.global_sequences * length
+        flops_per_step = objective.training_flops(model, length) * positions_per_step
         return cls(
             objective=objective,
             model=model,
             loader=loader,
             evaluator=Evaluator(
                 validation, length, config.evaluation, config.batch.micro_sequences, world,
-                ranks=world.size // config.engine.groups(config.model.blocks),
+                ranks=world.size // config.engine.groups(config.model.blocks), rows=config.data.rows,
             ),
             tokenizer=shards.path / "tokenizer.model",
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
-            tokens_per_step=tokens_per_step,
+            tokens_per_step=round(positions_per_step * objective.filled),
             flops_per_step=flops_per_step,
             total_steps=config.schedule.steps or max(1, int(config.schedule.training_flops / flops_per_step)),
         )
 
 
-def objective_and_model(config: Config, world: World, vocab_size: int) -> tuple[Objective, ModelConfig]:
-    """What a config trains, and how, with so many tokens in its vocabulary. UserError for settings that do not fit together."""
+def objective_and_model(config: Config, world: World, vocab_size: int, bos_id: int) -> tuple[Objective, ModelConfig]:
+    """What a config trains, and how, with so many tokens in its vocabulary, of which bos_id begins a document. UserError for settings that
+    do not fit together."""
     objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
     _refuse_impossible(config, objective, world)
     if config.engine.name == "block_parallel":
         _refuse_uneven_groups(config, objective, world)
-    return objective, ModelConfig(**asdict(config.model), vocab_size=vocab_size, **objective.model_fields)
+    mark = bos_id if config.data.document_masking else None
+    return objective, ModelConfig(**asdict(config.model), vocab_size=vocab_size, document_mark=mark, **objective.model_fields)
 
 
 def _refuse_impossible(config: Config, objective: Objective, world: World) -> None:
     """UserError where the engine runs in one process and there are several, the objective cannot train one block and leave the others,
     the ranks' micro-batches would go separate ways, or no fast kernel of attention takes the heads."""
     try:
-        refuse_head_width(world.device, config.engine.dtype(world.device), config.model.head_width)
+        refuse_head_width(world.device, config.engine.dtype(world.device), config.model.head_width, config.data.document_masking)
     except ValueError as error:
         raise UserError(f"'model' is impossible on CUDA: {error}") from None
     if config.engine.name == "torch" and world.size > 1:
@@ -200,7 +205,9 @@ def _train(config: Config, world: World, watch: Watch) -> int:
             "ranks": world.size,
             "device": world.device.type,
             "precision": str(dtype).removeprefix("torch."),
-            "attention": attention_backend(world.device, dtype, config.model.head_width, config.data.sequence_length),
+            "attention": attention_backend(
+                world.device, dtype, config.model.head_width, config.data.sequence_length, config.data.document_masking
+            ),
             **engine.facts,
             **start_facts(world.device.type),
         }
@@ -212,6 +219,8 @@ def _train(config: Config, world: World, watch: Watch) -> int:
                 f"{facts['precision']}, attention by {facts['attention']}"
                 + (f", continuing from step {saved}" if saved is not None else "")
             )
+            if isinstance(plan.loader, DocumentRows):
+                print(plan.loader)
         facts["config"] = asdict(config)
         return _train_steps(config, plan, engine, world, watch, checkpoints, memory, facts, state)
 

@@ -14,6 +14,7 @@ import torch
 from ..config import Config
 from ..data.mixture import open_loader
 from ..data.output import write_atomically
+from ..data.shards import ShardReader
 from ..distributed import World, leave
 from ..errors import UserError, first_line, out_of_memory
 from ..run_folder import start_facts
@@ -50,9 +51,11 @@ class BenchSettings:
 def bench(config: Config, settings: BenchSettings) -> str | None:
     """Measure; returns the tables, on rank 0 alone. Every rank calls this. UserError for anything that a user can mend."""
     world, effort = World.from_environment(), settings.effort
-    vocab_size = settings.vocab_size or _vocab_size(config, settings)
+    reader = _reader(config, settings)
+    vocab_size = settings.vocab_size or reader.vocab_size
     planned = cases(config, settings.compare, settings.sweep)
-    known = [on_paper(case, world, vocab_size, effort) for case in planned]  # so that what is wrong is found before the first one runs
+    bos_id = reader.manifest["bos_id"] if reader else 0
+    known = [on_paper(case, world, vocab_size, effort, bos_id) for case in planned]  # so that what is wrong is found before the first runs
     swept = settings.sweep[0].partition("=")[0] if settings.sweep else None
     options = {"warmup": effort.warmup, "steps": effort.steps, "shards": effort.shards, "swept": swept}
     report = {"facts": start_facts(world.device.type), **options}
@@ -76,9 +79,12 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     return tables(rows, swept)
 
 
-def _vocab_size(config: Config, settings: BenchSettings) -> int:
+def _reader(config: Config, settings: BenchSettings) -> ShardReader | None:
+    if settings.vocab_size is not None:
+        return None
     try:
-        return open_loader(config.data.train, config.data.mixture, config.data.sequence_length, config.run.seed).reader.vocab_size
+        data = config.data
+        return open_loader(data.train, data.mixture, data.rows, data.sequence_length, config.run.seed).reader
     except UserError as error:
         if settings.effort.shards:
             raise

@@ -20,7 +20,7 @@ from ..data.loader import rank_indices, read_ahead
 from ..data.mixture import open_loader
 from ..distributed import World, agree, on_device, pinned
 from ..engine import build_engine, start_processes
-from ..estimate import FP32, Shares, activation_bytes, engine_memory, logit_bytes, model_on_paper
+from ..estimate import FP32, Shares, activation_bytes, engine_memory, logit_bytes, mask_bytes, model_on_paper
 from ..faults import StepJudge
 from ..metrics import MetricSums
 from ..model.attention import attention_backend
@@ -110,23 +110,25 @@ class Measurement:
     files: list[str] = field(default_factory=list)
 
 
-def on_paper(case: Case, world: World, vocab_size: int, effort: Effort) -> Measurement:
-    """What is known of a case before it runs. UserError for settings that do not fit together."""
+def on_paper(case: Case, world: World, vocab_size: int, effort: Effort, bos_id: int = 0) -> Measurement:
+    """What is known of a case before it runs. bos_id: of the shards; any token serves where they are random. UserError for settings that do
+    not fit together."""
     config = case.config
-    objective, model = objective_and_model(config, world, vocab_size)
+    objective, model = objective_and_model(config, world, vocab_size, bos_id)
     accumulation, dtype = config.batch.accumulation(world.size), config.engine.dtype(world.device)
     shares = Shares.of(model_on_paper(model), config, objective, world.size)
     memory = engine_memory(shares, config, dtype.itemsize, accumulation)
     tokens = config.batch.micro_sequences * config.data.sequence_length
     steps = effort.warmup + effort.steps
     per_token = activation_bytes(model, objective, dtype.itemsize, world.device.type, config.run.seed, steps)
-    passes = tokens * per_token + logit_bytes(model, dtype.itemsize, tokens) + memory.gathered
+    mask = mask_bytes(model, dtype.itemsize, tokens, config.data.sequence_length)
+    passes = tokens * per_token + mask + logit_bytes(model, dtype.itemsize, tokens) + memory.gathered
     kept = memory.weights + memory.optimizer_state + memory.messages
     at_last = memory.gradients + 2 * FP32 * vocab_size * model.width  # the embedding's, as input and as head, are added last
     return Measurement(
         arm=case.arm, value=case.value, parameters=shares.whole, model=asdict(model), objective=asdict(config.objective),
         engine=asdict(config.engine), ranks=world.size, device=device_name(world.device), precision=str(dtype).removeprefix("torch."),
-        attention=attention_backend(world.device, dtype, model.head_width, config.data.sequence_length),
+        attention=attention_backend(world.device, dtype, model.head_width, config.data.sequence_length, config.data.document_masking),
         micro_sequences=config.batch.micro_sequences, accumulation=accumulation,
         sequence_length=config.data.sequence_length, tokens_per_step=config.batch.global_sequences * config.data.sequence_length,
         estimate={
@@ -148,7 +150,7 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort) -> Mea
     """
     config, device, cuda = case.config, world.device, world.device.type == "cuda"
     model_config = ModelConfig(**known.model)
-    objective, _ = objective_and_model(config, world, model_config.vocab_size)
+    objective, _ = objective_and_model(config, world, model_config.vocab_size, model_config.document_mark or 0)
     start_processes(config.engine, world)
     left_over = torch.cuda.memory_allocated(device) if cuda else 0
     torch.manual_seed(config.run.seed)
@@ -242,7 +244,7 @@ def _batches(config: Config, model: ModelConfig, world: World, shards: bool, ste
         return rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences, groups)
 
     if shards:
-        loader = open_loader(config.data.train, config.data.mixture, config.data.sequence_length, config.run.seed)
+        loader = open_loader(config.data.train, config.data.mixture, config.data.rows, config.data.sequence_length, config.run.seed)
         return read_ahead(lambda step: [(share, pinned(loader.batch(share), world.device)) for share in shares(step)], 0, steps)
     generator = torch.Generator().manual_seed(world.rank)
     shape = (batch.micro_sequences, config.data.sequence_length + 1)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .loader import Loader, SampleOrder
+from .rows import DocumentRows
 from .shards import ShardReader
 
 BLOCK = 64  # samples with fixed numbers of each source
@@ -155,8 +156,10 @@ class MixtureLoader:
         return {name: drawn[name] / windows for name, windows in self.samples_per_epoch.items()}
 
 
-def open_loader(train: str | dict[str, str], mixture: dict[str, float], sequence_length: int, seed: int) -> Loader | MixtureLoader:
-    """The loader of a run. train: a folder of shards, or several by their names; mixture: the weights of sources, or none for one stream.
+def open_loader(train: str | dict[str, str], mixture: dict[str, float], rows: str, sequence_length: int,
+                seed: int) -> Loader | MixtureLoader | DocumentRows:
+    """The loader of a run. train: a folder of shards, or several by their names; mixture: the weights of sources, or none for one stream;
+    rows: `packed` or `documents`, of one stream.
 
     UserError when folders are of different tokenizers, a weight is of no source, or a source is shorter than a window.
     """
@@ -166,7 +169,7 @@ def open_loader(train: str | dict[str, str], mixture: dict[str, float], sequence
         tokenizer_hash = next(iter(readers.values())).manifest["tokenizer_hash"] if readers else None
         readers[name] = ShardReader(folder, tokenizer_hash=tokenizer_hash)
     if not mixture:
-        return Loader(readers[""], sequence_length, seed)
+        return (DocumentRows if rows == "documents" else Loader)(readers[""], sequence_length, seed)
     ranges = {name: (reader, 0, len(reader)) for name, reader in readers.items() if name}
     for name, reader in readers.items():
         for source in reader.manifest["sources"] if reader.manifest["format_version"] > 1 else ():  # version 1 names none

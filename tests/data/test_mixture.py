@@ -109,7 +109,7 @@ def folders(text_folder, tokenizer, tmp_path_factory):
 
 
 def test_each_source_goes_through_its_own_windows_once_an_epoch(folders):
-    loader = open_loader(folders, {"both/first": 2, "both/second": 1, "third": 1}, 20, seed=3)
+    loader = open_loader(folders, {"both/first": 2, "both/second": 1, "third": 1}, "packed", 20, seed=3)
     reader, third = ShardReader(folders["both"]), ShardReader(folders["third"])
     windows = {"third": Loader(third, 20, 0)}
     for source in reader.manifest["sources"]:
@@ -131,14 +131,14 @@ def test_each_source_goes_through_its_own_windows_once_an_epoch(folders):
 @pytest.mark.parametrize("mixture", [{}, {"first": 3, "second": 1}])
 def test_any_ranks_and_any_resume_give_the_same_samples_in_the_same_order(folders, mixture):
     steps, batch, generator = 6, 48, np.random.default_rng(1)
-    expected = open_loader(folders["both"], mixture, 8, seed=2).batch(range(steps * batch))
+    expected = open_loader(folders["both"], mixture, "packed", 8, seed=2).batch(range(steps * batch))
     for ranks in (1, 2, 3, 8):
         micro = int(generator.choice([size for size in (1, 2, 3, 6) if batch % (ranks * size) == 0]))
         rows, stops = torch.zeros_like(expected), {0, steps, *generator.integers(1, steps, 2).tolist()}
         loaders = []
         for step in range(steps):
             if step in stops:  # a new start
-                loaders = [open_loader(folders["both"], mixture, 8, seed=2) for _ in range(ranks)]
+                loaders = [open_loader(folders["both"], mixture, "packed", 8, seed=2) for _ in range(ranks)]
             for rank, loader in enumerate(loaders):
                 for share in rank_indices(step, batch, ranks, rank, micro):
                     rows[share.start:share.stop] += loader.batch(share)
@@ -146,10 +146,10 @@ def test_any_ranks_and_any_resume_give_the_same_samples_in_the_same_order(folder
 
 
 def test_faults(folders, fault, tokenizer, text_folder, tmp_path):
-    assert "no such source: name some of first, second" in fault(lambda: open_loader(folders["both"], {"third": 1}, 8, 0))
-    assert "name some of both, third, both/first" in fault(lambda: open_loader(folders, {"all": 1}, 8, 0))
-    assert "of one source, fewer than one window" in fault(lambda: open_loader(folders["both"], {"first": 1}, 10**6, 0))
+    assert "no such source: name some of first, second" in fault(lambda: open_loader(folders["both"], {"third": 1}, "packed", 8, 0))
+    assert "name some of both, third, both/first" in fault(lambda: open_loader(folders, {"all": 1}, "packed", 8, 0))
+    assert "of one source, fewer than one window" in fault(lambda: open_loader(folders["both"], {"first": 1}, "packed", 10**6, 0))
     write_shards([text_folder / "2.txt"], train_tokenizer([text_folder], tmp_path / "tokenizer", 700), tmp_path / "shards")
     other = folders | {"other": str(tmp_path / "shards")}
-    assert "was written with tokenizer" in fault(lambda: open_loader(other, {"third": 1, "other": 1}, 8, 0))
-    assert isinstance(open_loader(folders, {"third": 1}, 8, 0), MixtureLoader)
+    assert "was written with tokenizer" in fault(lambda: open_loader(other, {"third": 1, "other": 1}, "packed", 8, 0))
+    assert isinstance(open_loader(folders, {"third": 1}, "packed", 8, 0), MixtureLoader)
