@@ -45,7 +45,7 @@ class Plan:
     model: ModelConfig
     loader: Loader
     evaluator: Evaluator
-    tokenizer: Path
+    tokenizer: bytes
     tokenizer_hash: str
     accumulation: int
     tokens_per_step: int
@@ -55,8 +55,8 @@ class Plan:
     @classmethod
     def make(cls, config: Config, world: World) -> "Plan":
         """Opens the shards. UserError for anything that does not fit together."""
-        shards = ShardReader(Path(config.data.train))
-        validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
+        shards = ShardReader(config.data.train)
+        validation = ShardReader(config.data.validation, tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
         objective, model = objective_and_model(config, world, shards.vocab_size)
         if config.checkpoint.start_from:
@@ -71,7 +71,7 @@ class Plan:
                 validation, length, config.evaluation, config.batch.micro_sequences, world,
                 ranks=world.size // config.engine.groups(config.model.blocks),
             ),
-            tokenizer=shards.path / "tokenizer.model",
+            tokenizer=shards.read_file("tokenizer.model"),
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
             tokens_per_step=tokens_per_step,

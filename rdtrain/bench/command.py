@@ -81,7 +81,7 @@ def _reader(config: Config, settings: BenchSettings) -> ShardReader | None:
     if settings.vocab_size is not None:
         return None
     try:
-        return ShardReader(Path(config.data.train))
+        return ShardReader(config.data.train)
     except UserError as error:
         if settings.effort.shards:
             raise

@@ -6,11 +6,13 @@ import io
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -269,34 +271,52 @@ def test_what_is_streamed_must_be_the_same_to_continue(tokenizer, tmp_path, monk
     assert shard(lines(["a", "b"]))["documents"] == 2
 
 
-def kill_and_continue(input_folder, tokenizer, output, kills, seed):
-    """Starts the process again and again, and kills it or one of its workers at a random moment, until so many kills are done."""
-    draw = random.Random(seed)
-    command = [sys.executable, str(PROCESS), str(input_folder), str(tokenizer.file), str(output)]
-    finished = 0
-    while kills:
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        victim = psutil.Process(process.pid)
-        time.sleep(draw.uniform(0.2, 2.5))
-        workers = victim.children() if process.poll() is None else []
-        if process.poll() is None:
-            (draw.choice(workers) if workers and draw.random() < 0.3 else victim).send_signal(signal.SIGKILL)
-            kills -= 1
-        # A kill may also come when the output is whole and nothing is left to continue.
-        if process.wait() == 0 or output.exists() and not (output.parent / f".{output.name}.unfinished").exists():
-            finished += 1
-            shutil.rmtree(output)
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return finished
+class Sharding:
+    """Runs of sharding_process.py."""
+
+    def __init__(self, *arguments):
+        self._process = subprocess.Popen([sys.executable, str(PROCESS), *map(str, arguments)], stdin=subprocess.PIPE, text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def run(self, kill_after=None, draw=None):
+        """The exit code of a run that is killed, or has one of its workers killed, after so many seconds, if it runs for so long: -9 for
+        the one and 2 for the other."""
+        print(file=self._process.stdin, flush=True)
+        victim, expected = psutil.Process(int(self._process.stdout.readline())), 0
+        answered = kill_after is not None and select.select([self._process.stdout], [], [], kill_after)[0]
+        if kill_after is not None and not answered:
+            try:
+                workers = victim.children()
+                expected = 2 if workers and draw.random() < 0.3 else -signal.SIGKILL
+                (draw.choice(workers) if expected == 2 else victim).kill()
+            except psutil.NoSuchProcess:  # it has just ended
+                pass
+        code = int(self._process.stdout.readline())
+        assert code in (0, expected)
+        return code
+
+    def close(self):
+        self._process.stdin.close()
+        assert self._process.wait() == 0
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(1000, marks=pytest.mark.slow)])
 def test_kills_change_nothing(mixed, tokenizer, tmp_path, kills):
+    """At random moments of runs that continue each other, and begin anew when the shards are whole; each result is compared."""
     write_shards([mixed], tokenizer, tmp_path / "whole", shard_tokens=2000, validation_share=0.2, unit_bytes=2000)
-    kill_and_continue(mixed, tokenizer, tmp_path / "killed", kills, seed=kills)
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
-    assert sorted(os.listdir(tmp_path)) == ["killed", "whole"]
+    whole, draw, killed, finished = content(tmp_path / "whole"), random.Random(kills), 0, 0
+    with closing(Sharding(mixed, tokenizer.file, tmp_path / "killed")) as sharding:
+        started = time.perf_counter()
+        sharding.run()
+        seconds = time.perf_counter() - started
+        while killed < kills:
+            shutil.rmtree(tmp_path / "killed")
+            while sharding.run(draw.uniform(0, seconds) if killed < kills else None, draw):
+                killed += 1
+            finished += 1
+            assert content(tmp_path / "killed") == whole
+            assert sorted(os.listdir(tmp_path)) == ["killed", "whole"]
+    print(f"{killed} kills, {finished} results, {seconds:.2f} s a run without kills")
 
 
 def test_units_are_the_same_each_time(mixed):
