@@ -83,18 +83,21 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser = add_verb(
         verbs, "shard benchmark", _benchmark, "measure sharding beside the bare tokenizer",
-        "Makes text of each size, shards it, and prints the speed beside that of the tokenizer alone in as many processes, and the peak "
-        "memory.",
+        "Makes text of each size, shards it with each number of workers, and prints the speed beside that of the tokenizer alone in as "
+        "many processes, and the peak memory.",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
     parser.add_argument("--output", type=Path, required=True, help="folder to work in; what is made there is deleted again")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the input")
-    _add_workers(parser)
+    parser.add_argument("--workers", type=int, nargs="+", default=[_cores()], help="processes; of each number a row")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser.add_argument("--workers", type=int, default=cores, help="processes")
+    parser.add_argument("--workers", type=int, default=_cores(), help="processes")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _part(text: str) -> tuple[int, int]:
