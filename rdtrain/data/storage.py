@@ -73,10 +73,10 @@ class Files:
             system.invalidate_cache()
             try:
                 return system.find(path, detail=True)  # one request for a thousand files, where asking for each would take hours
-            except MISSING:
+            except (*MISSING, PermissionError):  # who may read need not be allowed to list
                 return {}
 
-        found = self._try(listing, self.location, OPENING_TRIES)
+        found = {} if "http" in system.protocol else self._try(listing, self.location, OPENING_TRIES)
         prefix = path.rstrip("/") + "/"
         sizes = {name: found.get(prefix + name, {}).get("size") for name in names}
         return {name: self._size(name) if size is None else size for name, size in sizes.items()}
@@ -89,7 +89,14 @@ class Files:
         system, path = self._connected()
         file = f"{path.rstrip('/')}/{name}"
         limits = {"start": start, "end": stop} if start or stop is not None else {}  # an empty file has no range that begins at 0
-        return self._try(lambda: system.cat_file(file, **limits), self.place(name), tries)
+
+        def content() -> bytes:
+            found = system.cat_file(file, **limits)
+            if stop is not None and len(found) != stop - start:
+                raise OSError(f"{len(found)} bytes came instead of {stop - start}")  # the connection ended, or the server knows no ranges
+            return found
+
+        return self._try(content, self.place(name), tries)
 
     def open(self, name: str) -> BinaryIO:
         """A file to read from its middle, without further tries. Raises as `read`."""
@@ -116,12 +123,14 @@ class Files:
             raise UserError(f"cannot delete {self.place(name)} ({error.strerror or first_line(error)}); delete it by hand") from error
 
     def _size(self, name: str) -> int | None:
-        """Of a file that a listing does not tell of, as there is none over plain HTTP."""
+        """Of a file that a listing does not tell of."""
         system, path = self._connected()
         try:
             return self._try(lambda: system.info(f"{path.rstrip('/')}/{name}"), self.place(name), OPENING_TRIES)["size"]
-        except (*MISSING, OSError):
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(f"cannot read {self.place(name)} ({error.strerror}); correct the path or mend the disk") from None
 
     def _connected(self) -> tuple[fsspec.AbstractFileSystem, str]:
         return _connect(self.location, os.getpid())

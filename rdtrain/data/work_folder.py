@@ -37,7 +37,7 @@ def work_folder(output: Path, settings: dict, times: str, overwrite: bool, writt
     try:
         shutil.rmtree(_trash(target), ignore_errors=True)
         finished = (work / "complete").is_file()
-        if not finished and not overwrite and not work.exists() and written():
+        if not finished and not overwrite and not (work / "settings.json").is_file() and written():
             print(f"{output} has been written by this command before; --overwrite writes it anew", file=sys.stderr)
             yield None
             return

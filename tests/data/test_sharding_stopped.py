@@ -70,6 +70,28 @@ def test_kills_change_nothing(mixed, tokenizer, tmp_path, kills, content):
             assert sorted(os.listdir(tmp_path)) == ["killed", "whole"]
 
 
+ORPHAN = """
+import multiprocessing, os, pathlib, sys
+from rdtrain.data.workers import _serve
+context = multiprocessing.get_context("spawn")
+connection, other = context.Pipe()
+worker = context.Process(target=_serve, args=(other, pathlib.Path(sys.argv[1]).write_text))
+worker.start()
+connection.send("a task")
+print(worker.pid, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_worker_that_starts_when_its_parent_is_dead_does_nothing(tmp_path):
+    """It would work beside the next run, in a folder that has become the output since."""
+    orphan = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "file")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.perf_counter() + 60
+    while psutil.pid_exists(int(orphan.stdout)) and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
+
+
 class Stopped(BaseException):
     """What a kill is played by where everything happens in one process."""
 

@@ -128,9 +128,11 @@ def test_a_store_that_refuses_for_a_while_is_asked_again(place, monkeypatch, cap
     answers, pauses, ask = [], [], MemoryFileSystem.cat_file
 
     def cat_file(self, path, **limits):
-        if answers:
-            raise answers.pop()
-        return ask(self, path, **limits)
+        if not answers:
+            return ask(self, path, **limits)
+        if isinstance(answers[-1], bytes):
+            return answers.pop()
+        raise answers.pop()
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
@@ -139,6 +141,8 @@ def test_a_store_that_refuses_for_a_while_is_asked_again(place, monkeypatch, cap
     assert _first_tokens(reader) == expected and pauses == [1, 2, 4]
     text = capsys.readouterr().err
     assert "tokens/c/0 cannot be reached (SlowDown); trying again in 2 s" in text and "(TimeoutError); trying again in 4 s" in text
+    answers += [b"short"]
+    assert _first_tokens(reader) == expected and pauses.pop() == 1 and "5 bytes came instead of" in capsys.readouterr().err
     answers += [OSError("SlowDown")] * 7
     assert "cannot be reached (SlowDown), after 7 tries; see to the network" in fault(lambda: _first_tokens(reader))
     assert pauses[3:] == [1, 2, 4, 8, 16, 32] and not answers
