@@ -68,7 +68,7 @@ def change(place, name, edit):
 
 
 def flip(content):
-    content[-9] ^= 4
+    content[len(content) // 2] ^= 4
 
 
 def tokens_of(reader):
