@@ -75,8 +75,8 @@ class CheckpointSettings:
 class Checkpointer:
     """The checkpoints of a run, on every rank; a context manager, at whose end the save in flight is waited for."""
 
-    def __init__(self, run_folder: Path, settings: CheckpointSettings, tokenizer: Path, world: World):
-        """tokenizer: the model file, of which every checkpoint holds a copy."""
+    def __init__(self, run_folder: Path, settings: CheckpointSettings, tokenizer: bytes | Path, world: World):
+        """tokenizer: the model file, or its content, of which every checkpoint holds a copy."""
         self._run_folder, self._settings, self._tokenizer, self._world = run_folder, settings, tokenizer, world
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[dict[str, Entry]] | None = None  # of step _step, into _temporary

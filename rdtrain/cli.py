@@ -306,7 +306,7 @@ def _add_evaluate(verbs) -> None:
         "report.json, plots and every sample. docs/evaluation.md says what each number means.",
     )
     parser.add_argument("models", type=Path, nargs="*", metavar="MODEL", help="exported folders, run folders or checkpoint folders")
-    parser.add_argument("--shards", type=Path, help="folder of validation shards, of the models' tokenizer")
+    parser.add_argument("--shards", help="validation shards (folder, zip file or URL), of the models' tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--samples", type=Path, nargs="+", default=[], help="score these samples-*.jsonl instead of models")
     parser.add_argument("--skip", nargs="+", default=[], choices=("likelihood", "samples"), help="parts to leave out")

@@ -47,7 +47,7 @@ class Plan:
     model: ModelConfig
     loader: Loader | MixtureLoader | DocumentRows
     evaluator: Evaluator
-    tokenizer: Path
+    tokenizer: bytes
     tokenizer_hash: str
     accumulation: int
     tokens_per_step: int
@@ -60,7 +60,7 @@ class Plan:
         length = config.data.sequence_length
         loader = open_loader(config.data.train, config.data.mixture, config.data.rows, length, config.run.seed)
         shards = loader.reader
-        validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
+        validation = ShardReader(config.data.validation, tokenizer_hash=shards.manifest["tokenizer_hash"])
         objective, model = objective_and_model(config, world, shards.vocab_size, shards.manifest["bos_id"])
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
@@ -76,7 +76,7 @@ class Plan:
                 validation, length, config.evaluation, config.batch.micro_sequences, world,
                 ranks=world.size // config.engine.groups(config.model.blocks), rows=config.data.rows,
             ),
-            tokenizer=shards.path / "tokenizer.model",
+            tokenizer=shards.read_file("tokenizer.model"),
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
             tokens_per_step=round(positions_per_step * objective.filled),

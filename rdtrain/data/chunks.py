@@ -5,7 +5,6 @@ and the checksums of index and chunks are compared. zarr opens the array and say
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import google_crc32c
 import numcodecs.blosc
@@ -21,8 +20,8 @@ INDEXES = 1024  # of shard files that are kept in memory
 class ChunkedArray:
     """A 1-D array of shards, to be read as array[start:stop]. Attributes: path (in its group), shards (numbers in a file, a tuple)."""
 
-    def __init__(self, array: zarr.Array, read: Callable[[str, int, int], bytes], sizes: dict[str, int]):
-        """read(name, start, stop) gives bytes of a shard file, which is named as in `sizes`, its bytes: tokens/c/0.
+    def __init__(self, array: zarr.Array, read: Callable[[str, int, int], bytes], folder: str, sizes: dict[str, int]):
+        """read(name, start, stop) gives bytes of a shard file, whose name begins with `folder`; sizes: of each by its name, in bytes.
 
         UserError where the array is not of the form that `rdtrain shard` writes.
         """
@@ -33,7 +32,7 @@ class ChunkedArray:
         if len(codecs) != 1 or names != [["bytes", "blosc", "crc32c"], ["bytes", "crc32c"]] or inner["index_location"] != "end":
             raise UserError(f"the array {array.store_path} is not compressed as rdtrain shard does it; write the shards again")
         self._dtype, self._chunk, self._length = array.dtype.newbyteorder("<"), array.chunks[0], array.shape[0]
-        self._read, self._sizes = read, sizes
+        self._read, self._folder, self._sizes = read, folder, sizes
         self._indexes: dict[int, np.ndarray] = {}
 
     def __getitem__(self, numbers: slice) -> np.ndarray:
@@ -67,14 +66,7 @@ class ChunkedArray:
         return np.frombuffer(content, "<u8").reshape(-1, 2)
 
     def _name(self, shard: int) -> str:
-        return f"{self.path}/c/{shard}"
-
-
-def read_range(folder: Path, name: str, start: int, stop: int) -> bytes:
-    """Bytes start .. stop - 1 of a file in a folder."""
-    with open(folder / name, "rb") as file:
-        file.seek(start)
-        return file.read(stop - start)
+        return f"{self._folder}{self.path}/c/{shard}"
 
 
 def _checked(content: bytes, size: int) -> bytes:

@@ -34,7 +34,7 @@ from .teacher import Teacher
 class EvaluateSettings:
     """What is evaluated, and how.
 
-    models: exported, run or checkpoint folders. samples: samples files to score, instead of models. shards: held-out text.
+    models: exported, run or checkpoint folders. samples: samples files to score, instead of models. shards: held-out text (ShardReader).
     output: folder of the report. skip: parts to leave out, of `likelihood` and `samples`. device: None for CUDA where there is one.
     sequences, sequence_length, rows: of held-out likelihood, rows as DataSettings has it. sigma_levels: noise levels of the curve against
     sigma. nll_iterations: the K's of an unrolled model's likelihood and of the bound on a denoising chain's. batch: sequences or
@@ -47,7 +47,7 @@ class EvaluateSettings:
     models: list[Path]
     output: Path
     samples: list[Path] = field(default_factory=list)
-    shards: Path | None = None
+    shards: str | None = None
     skip: list[str] = field(default_factory=list)
     device: str | None = None
     sequences: int = 256
