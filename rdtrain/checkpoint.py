@@ -75,8 +75,8 @@ class CheckpointSettings:
 class Checkpointer:
     """The checkpoints of a run, on every rank; a context manager, at whose end the save in flight is waited for."""
 
-    def __init__(self, run_folder: Path, settings: CheckpointSettings, tokenizer: Path, world: World):
-        """tokenizer: the model file, of which every checkpoint holds a copy."""
+    def __init__(self, run_folder: Path, settings: CheckpointSettings, tokenizer: bytes | Path, world: World):
+        """tokenizer: the model file, or its content, of which every checkpoint holds a copy."""
         self._run_folder, self._settings, self._tokenizer, self._world = run_folder, settings, tokenizer, world
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[dict[str, Entry]] | None = None  # of step _step, into _temporary
@@ -264,11 +264,14 @@ def refuse_damaged(folder: Path, names: list[str]) -> None:
 
 
 def refuse_other_model(folder: Path, config: ModelConfig, tokenizer_hash: str) -> None:
-    """UserError when the checkpoint in `folder` is of another model than `config`, or of another tokenizer."""
+    """UserError when the checkpoint in `folder` is of another model than `config`, or of another tokenizer.
+
+    Whether documents are kept apart is no part of the weights: a model may be trained on with or without it.
+    """
     state = read_state(folder)
     for name, ours in dataclasses.asdict(config).items():
         theirs = state["model"].get(name)
-        if theirs != ours:
+        if theirs != ours and name != "document_mark":
             raise UserError(
                 f"checkpoint {folder} is of another model ({name} is {theirs} there and {ours} here): "
                 "start from a checkpoint of this model, or change the config to match"

@@ -349,7 +349,7 @@ def _add_evaluate(verbs) -> None:
         "report.json, plots and every sample. docs/evaluation.md says what each number means.",
     )
     parser.add_argument("models", type=Path, nargs="*", metavar="MODEL", help="exported folders, run folders or checkpoint folders")
-    parser.add_argument("--shards", type=Path, help="folder of validation shards, of the models' tokenizer")
+    parser.add_argument("--shards", help="validation shards (folder, zip file or URL), of the models' tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--samples", type=Path, nargs="+", default=[], help="score these samples-*.jsonl instead of models")
     parser.add_argument("--skip", nargs="+", default=[], choices=("likelihood", "samples"), help="parts to leave out")
@@ -363,6 +363,7 @@ def _add_evaluate(verbs) -> None:
     likelihood = parser.add_argument_group("likelihood")
     likelihood.add_argument("--sequences", type=int, default=256, help="validation sequences, from the start of the shards")
     likelihood.add_argument("--sequence-length", type=int, default=512, help="tokens of each")
+    likelihood.add_argument("--rows", choices=("packed", "documents"), default="packed", help="what a sequence is, as data.rows has it")
     likelihood.add_argument("--sigma-levels", type=int, default=24, help="noise levels of a denoising model's curve")
     likelihood.add_argument(
         "--nll-iterations", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="K",

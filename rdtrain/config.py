@@ -9,7 +9,7 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -51,18 +51,39 @@ class RunSettings:
 class DataSettings:
     """What is read.
 
-    train, validation: folders written by `rdtrain shard`.
+    train: a folder written by `rdtrain shard`, or several, each by a name: {web: FOLDER, code: FOLDER}.
+    mixture: how often each source is drawn, {NAME: weight}; only the ratios matter, and what is not named is not read. A name is that of a
+        source in the folder, or of one of several folders, or FOLDER/SOURCE for a source in that. Empty: one folder, as one stream.
+    change_mixture: a run that is continued may have other weights and more sources than before, from the step where it goes on.
+    validation: a folder written by `rdtrain shard`.
     sequence_length: T, predicted tokens of a sequence.
+    rows: what a sequence is: `packed`, T + 1 neighbouring tokens, whatever documents they are of, or `documents`, the first T + 1 tokens of
+        one document, padded where it is shorter.
+    document_masking: rows=packed only: positions attend to their own document alone, and not to those before it in the sequence.
     """
 
-    train: str = "data/shards/train"
+    train: str | dict[str, str] = "data/shards/train"
+    mixture: dict[str, float] = field(default_factory=dict)
+    change_mixture: bool = False
     validation: str = "data/shards/validation"
     sequence_length: int = 512
+    rows: Literal["packed", "documents"] = "packed"
+    document_masking: bool = False
 
     def __post_init__(self):
-        """ValueError for a sequence without tokens."""
+        """ValueError for a sequence without tokens, weights that are none, folders that none is of, and what excludes another."""
+        if self.document_masking and self.rows == "documents":
+            raise ValueError("document_masking belongs to rows=packed, and rows is documents, one in each row: leave it out")
+        if self.mixture and self.rows == "documents":
+            raise ValueError("mixture belongs to rows=packed, and rows is documents: leave it out, or set data.rows=packed")
         if self.sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, and it is {self.sequence_length}")
+        if self.mixture and (min(self.mixture.values()) < 0 or not any(self.mixture.values())):
+            raise ValueError(f"weights of mixture must be 0 or more, and one of them above 0, and they are {self.mixture}")
+        if isinstance(self.train, dict) and not self.mixture:
+            raise ValueError("train names several folders and mixture gives them no weights: set data.mixture={NAME: WEIGHT, ...}")
+        if isinstance(self.train, dict) and not all(name and "/" not in name for name in self.train):
+            raise ValueError(f"names of folders in train must not be empty or hold a slash, and they are {', '.join(self.train)}")
 
 
 @dataclass
@@ -119,7 +140,7 @@ class Config:
         sections = ("data", "model", "objective", "noise", "batch", "optimizer", "schedule", "engine")
         settings = {name: dataclasses.asdict(getattr(self, name)) for name in sections} | {"seed": self.run.seed}
         del settings["optimizer"]["learning_rate_source"], settings["batch"]["micro_sequences"]
-        del settings["objective"]["layer_checkpointing"]
+        del settings["objective"]["layer_checkpointing"], settings["data"]["change_mixture"]
         settings["engine"] = {"precision": self.engine.precision}
         return settings
 

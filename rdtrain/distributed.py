@@ -217,6 +217,14 @@ def end_process(code: int) -> None:
         os._exit(code)
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same numbers in memory from which CUDA copies by itself; copying them there is better done in another thread than the loop's."""
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # a thread begins with device 0
+        return tensor.pin_memory()
+
+
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copied from the CPU without waiting for the work that the device still has to do, which only pinned memory allows."""
     if device.type == "cuda":

@@ -41,7 +41,9 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
 
     engine = f"{config.engine.name}, ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else config.engine.name
     total = plan.total_steps * plan.tokens_per_step
-    epochs = total / (plan.loader.samples_per_epoch * config.data.sequence_length)
+    epochs = plan.loader.epochs(plan.total_steps * config.batch.global_sequences)
+    sources = {"": epochs} if isinstance(epochs, float) else {f" of {name}": count for name, count in epochs.items()}
+    epochs = ", ".join(f"{count:.2f} epochs{source}" for source, count in sources.items())
     rows = [
         ("run", config.run.name, f"in {config.run.folder}"),
         ("world", f"{ranks} x {device}", f"{'bf16' if number == 2 else 'fp32'}, {engine}"),
@@ -52,7 +54,7 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
         None,
         ("batch", f"{config.batch.global_sequences} sequences",
          f"{ranks} ranks x {plan.accumulation} micro-batches x {config.batch.micro_sequences}, of {config.data.sequence_length} tokens"),
-        ("tokens", f"{plan.tokens_per_step:,} a step", f"{total:,} in all, {epochs:.2f} epochs"),
+        ("tokens", f"{plan.tokens_per_step:,} a step", f"{total:,} in all, {epochs}"),
         ("FLOPs", f"{plan.flops_per_step:.3e} a step",
          f"{plan.flops_per_step * plan.total_steps:.3e} in all, {plan.flops_per_step / plan.tokens_per_step:.3e} a token"),
         ("steps", f"{plan.total_steps:,}", ""),

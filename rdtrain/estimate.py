@@ -299,6 +299,11 @@ def activation_bytes(model: ModelConfig, objective: Objective, number: int, devi
     return once + iteration
 
 
+def mask_bytes(model: ModelConfig, number: int, tokens: int, sequence_length: int) -> int:
+    """Bytes of the one mask that keeps documents apart, for a micro-batch of so many tokens in sequences of that length."""
+    return 0 if model.document_mark is None else number * tokens * sequence_length
+
+
 def logit_bytes(model: ModelConfig, number: int, tokens: int) -> int:
     """An estimate of the bytes of the logits of a micro-batch of so many tokens, where they take the most: those of the part of the tokens
     whose loss is taken at a time, and the sum of the embedding's gradient, which waits for the backward pass."""
@@ -314,6 +319,7 @@ def rank_memory(shares: Shares, model: ModelConfig, config: Config, objective: O
     tokens = config.batch.micro_sequences * config.data.sequence_length
     memory = engine_memory(shares, config, number, accumulation)
     memory.activations = round(tokens * activation_bytes(model, objective, number, world.device.type, config.run.seed, steps))
+    memory.activations += mask_bytes(model, number, tokens, config.data.sequence_length)
     memory.logits = logit_bytes(model, number, tokens)
     memory.embedding_gradients = 2 * FP32 * model.vocab_size * model.width
     return memory

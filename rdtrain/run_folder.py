@@ -83,11 +83,21 @@ def _refuse_other_config(recorded: Path, config: Config) -> None:
         if isinstance(values, dict):
             pairs = {f"{section}.{key}": (before[section][key], value) for key, value in values.items()}
         for name, (old, new) in pairs.items():
-            if old != new:
+            if old != new and not _mixture_may_change(name, old, new, config):
+                hint = ", or set data.change_mixture=true to go on with the new one" if name == "data.mixture" and old and new else ""
                 raise UserError(
                     f"the output folder {recorded.parent} holds a run with {name}={old}, and this one has {new}: choose another "
-                    "run.folder, or delete that one"
+                    f"run.folder, or delete that one{hint}"
                 )
+
+
+def _mixture_may_change(name: str, old: object, new: object, config: Config) -> bool:
+    """Whether a setting that differs is of the mixture, and the config allows that; folders that both have must be the same."""
+    if not config.data.change_mixture:
+        return False
+    if name == "data.train" and isinstance(old, dict) and isinstance(new, dict):
+        return all(old[folder] == new[folder] for folder in old.keys() & new.keys())
+    return name == "data.mixture" and bool(old) and bool(new)
 
 
 def record_facts(folder: Path, facts: dict) -> None:

@@ -21,8 +21,10 @@ from .checkpoint import Checkpointer, load_weights, read_state, refuse_other_mod
 from .checkpoint_storage import checkpoint_folder
 from .config import Config
 from .data.loader import Loader, rank_indices, read_ahead
+from .data.mixture import MixtureLoader, open_loader
+from .data.rows import DocumentRows
 from .data.shards import ShardReader
-from .distributed import World, agree, on_device
+from .distributed import World, agree, on_device, pinned
 from .engine import Engine, build_engine, start_processes
 from .errors import UserError, first_line
 from .evaluation import Evaluator
@@ -43,9 +45,9 @@ class Plan:
 
     objective: Objective
     model: ModelConfig
-    loader: Loader
+    loader: Loader | MixtureLoader | DocumentRows
     evaluator: Evaluator
-    tokenizer: Path
+    tokenizer: bytes
     tokenizer_hash: str
     accumulation: int
     tokens_per_step: int
@@ -55,45 +57,50 @@ class Plan:
     @classmethod
     def make(cls, config: Config, world: World) -> "Plan":
         """Opens the shards. UserError for anything that does not fit together."""
-        shards = ShardReader(Path(config.data.train))
-        validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
-        objective, model = objective_and_model(config, world, shards.vocab_size)
+        loader = open_loader(config.data.train, config.data.mixture, config.data.rows, length, config.run.seed)
+        shards = loader.reader
+        validation = ShardReader(config.data.validation, tokenizer_hash=shards.manifest["tokenizer_hash"])
+        objective, model = objective_and_model(config, world, shards.vocab_size, shards.manifest["bos_id"])
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
-        tokens_per_step = config.batch.global_sequences * length
-        flops_per_step = objective.training_flops(model, length) * tokens_per_step
+        if isinstance(loader, DocumentRows):
+            objective.filled = loader.filled
+        positions_per_step = config.batch.global_sequences * length
+        flops_per_step = objective.training_flops(model, length) * positions_per_step
         return cls(
             objective=objective,
             model=model,
-            loader=Loader(shards, length, config.run.seed),
+            loader=loader,
             evaluator=Evaluator(
                 validation, length, config.evaluation, config.batch.micro_sequences, world,
-                ranks=world.size // config.engine.groups(config.model.blocks),
+                ranks=world.size // config.engine.groups(config.model.blocks), rows=config.data.rows,
             ),
-            tokenizer=shards.path / "tokenizer.model",
+            tokenizer=shards.read_file("tokenizer.model"),
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
-            tokens_per_step=tokens_per_step,
+            tokens_per_step=round(positions_per_step * objective.filled),
             flops_per_step=flops_per_step,
             total_steps=config.schedule.steps or max(1, int(config.schedule.training_flops / flops_per_step)),
         )
 
 
-def objective_and_model(config: Config, world: World, vocab_size: int) -> tuple[Objective, ModelConfig]:
-    """What a config trains, and how, with so many tokens in its vocabulary. UserError for settings that do not fit together."""
+def objective_and_model(config: Config, world: World, vocab_size: int, bos_id: int) -> tuple[Objective, ModelConfig]:
+    """What a config trains, and how, with so many tokens in its vocabulary, of which bos_id begins a document. UserError for settings that
+    do not fit together."""
     objective = build_objective(config.objective, config.noise, config.model.iterations, config.model.blocks)
     _refuse_impossible(config, objective, world)
     if config.engine.name == "block_parallel":
         _refuse_uneven_groups(config, objective, world)
-    return objective, ModelConfig(**asdict(config.model), vocab_size=vocab_size, **objective.model_fields)
+    mark = bos_id if config.data.document_masking else None
+    return objective, ModelConfig(**asdict(config.model), vocab_size=vocab_size, document_mark=mark, **objective.model_fields)
 
 
 def _refuse_impossible(config: Config, objective: Objective, world: World) -> None:
     """UserError where the engine runs in one process and there are several, the objective cannot train one block and leave the others,
     the ranks' micro-batches would go separate ways, or no fast kernel of attention takes the heads."""
     try:
-        refuse_head_width(world.device, config.engine.dtype(world.device), config.model.head_width)
+        refuse_head_width(world.device, config.engine.dtype(world.device), config.model.head_width, config.data.document_masking)
     except ValueError as error:
         raise UserError(f"'model' is impossible on CUDA: {error}") from None
     if config.engine.name == "torch" and world.size > 1:
@@ -198,7 +205,9 @@ def _train(config: Config, world: World, watch: Watch) -> int:
             "ranks": world.size,
             "device": world.device.type,
             "precision": str(dtype).removeprefix("torch."),
-            "attention": attention_backend(world.device, dtype, config.model.head_width, config.data.sequence_length),
+            "attention": attention_backend(
+                world.device, dtype, config.model.head_width, config.data.sequence_length, config.data.document_masking
+            ),
             **engine.facts,
             **start_facts(world.device.type),
         }
@@ -210,6 +219,8 @@ def _train(config: Config, world: World, watch: Watch) -> int:
                 f"{facts['precision']}, attention by {facts['attention']}"
                 + (f", continuing from step {saved}" if saved is not None else "")
             )
+            if isinstance(plan.loader, DocumentRows):
+                print(plan.loader)
         facts["config"] = asdict(config)
         return _train_steps(config, plan, engine, world, watch, checkpoints, memory, facts, state)
 
@@ -239,7 +250,11 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
     step, seconds = state["step"], state["seconds"]
     judge = StepJudge(config.faults, config.model.blocks, world, state.get("judge"))
     settings = config.result_settings() | {"data": None}  # machines may have the same data in different places
-    identity = repr((settings, plan.total_steps, plan.tokenizer_hash, plan.loader.samples_per_epoch))
+    mixture = plan.loader.mixture
+    if mixture:
+        mixture.continue_from(state.get("mixture", []), step * batch.global_sequences)
+    phases = mixture and mixture.phases
+    identity = repr((settings, plan.total_steps, plan.tokenizer_hash, plan.loader.samples_per_epoch, phases))
     logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world, resume_step=step)
 
     def shares(step: int, rank: int = world.rank) -> list[range]:
@@ -256,7 +271,10 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
 
     def save(unfinished_record: dict | None) -> None:
         watch.work(f"the checkpoint of step {step}")
-        beside = {"objective_state": plan.objective.state(world), "judge": judge.state(), "unfinished_record": unfinished_record}
+        beside = {
+            "objective_state": plan.objective.state(world), "judge": judge.state(), "mixture": phases,
+            "unfinished_record": unfinished_record,
+        }
         checkpoints.save({"step": step, "seconds": seconds} | facts | beside, engine)
 
     if state.get("unfinished_record"):
@@ -265,8 +283,10 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
         logger.log(record)
         if step == plan.total_steps:
             save(None)
-    batches = read_ahead(lambda step: [(share, plan.loader.batch(share)) for share in shares(step)], step, plan.total_steps)
-    sums, logged_step, logged_seconds, due = MetricSums(), step, seconds, False
+    batches = read_ahead(
+        lambda step: [(share, pinned(plan.loader.batch(share), world.device)) for share in shares(step)], step, plan.total_steps
+    )
+    sums, logged_step, logged_seconds, waited, due = MetricSums(), step, seconds, 0.0, False
     progress = tqdm(total=plan.total_steps, initial=step, desc=config.run.name, unit="step", disable=not world.is_main, mininterval=1)
     with closing(logger), progress, checkpoints, closing(batches):
         while step < plan.total_steps:
@@ -277,11 +297,13 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
             of_step = SampleRandom(seed, (), world.device, step)
             shared = (identity, step, rate, shares(step, 0), plan.objective.shared_draw(of_step), judge.total)
             answer = agree(world, f"step {step + 1}", shared, watch.stop_code)
+            asked_for = time.perf_counter()
             try:
                 read = next(batches)
             except UserError as error:
                 error.everywhere = False  # a rank reads samples of its own
                 raise
+            waited += time.perf_counter() - asked_for
             run_step(engine, plan.objective, read, rate, of_step, seed, step, world, judge, sums)
             step += 1
             checkpoints.after_step()
@@ -303,11 +325,13 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
             record = unfinished = None
             if log:
                 gradient_norm = engine.gradient_norm()
-                step_seconds = (seconds - logged_seconds) / (step - logged_step)
-                logged_step, logged_seconds = step, seconds
+                steps = step - logged_step
+                step_seconds, waited_seconds = (seconds - logged_seconds) / steps, waited / steps
+                logged_step, logged_seconds, waited = step, seconds, 0.0
                 record = {
                     "step": step,
                     "tokens": step * plan.tokens_per_step,
+                    "epochs": plan.loader.epochs(step * batch.global_sequences),
                     "training_flops": step * plan.flops_per_step,
                     "seconds": seconds,
                     **sums.means(world),
@@ -315,6 +339,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                     "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
                     "skipped_steps": judge.total,
                     "step_seconds": step_seconds,
+                    "data_wait_seconds": world.maximum(waited_seconds),
                     "tokens_per_second": plan.tokens_per_step / step_seconds,
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
                 }

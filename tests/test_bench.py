@@ -93,7 +93,7 @@ def test_a_sweep_with_shards_and_a_profile(tiny_config, tmp_path, rdtrain):
 def test_flops_are_of_the_depths_that_the_steps_draw(settings, config, build_model):
     settings = ["objective.name=bptt", "model.core_layers=1", "batch.global_sequences=4", "batch.micro_sequences=4", *settings]
     config = override(config, settings)
-    objective, model_config = objective_and_model(config, World(0, 1, 0, CPU), 50)
+    objective, model_config = objective_and_model(config, World(0, 1, 0, CPU), 50, 1)
     model = build_model(**dataclasses.asdict(model_config))
     tokens, said, counted = torch.randint(50, (4, 17)), [], []
     for step, depth in ((0, 2), (2, 5), (4, 10)):

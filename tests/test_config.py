@@ -52,6 +52,7 @@ def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
         ("engine: {name: horovod}", ["'engine.name'", "'deepspeed', 'fsdp', 'block_parallel' or 'torch'"]),
         ("engine: {name: fsdp, offload_optimizer: true}", ["'engine'", "offload_optimizer works with name=deepspeed"]),
         ("engine: {zero_stage: 0, offload_optimizer: true}", ["'engine'", "zero_stage 1 to 3"]),
+        ("data: {rows: documents, document_masking: true}", ["'data'", "document_masking belongs to rows=packed", "leave it out"]),
         ("model: 3", ["'model'", "must be a section"]),
         ("model: {iterations: 0}", ["'model'", "iterations must be at least 1, and it is 0"]),
         ("model: {width: 100, heads: 8}", ["multiple of 2 * heads"]),

@@ -10,7 +10,7 @@ from rdtrain.bench.measure import Effort
 from rdtrain.config import load_config
 from rdtrain.distributed import World, agree
 from rdtrain.engine import EngineSettings, build_engine
-from rdtrain.model.attention import attention_backend
+from rdtrain.model.attention import attention_backend, causal_attention, document_mask
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import ObjectiveSettings, build_objective
@@ -27,11 +27,12 @@ def no_waiting():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["diffusion_blocks", "bptt", "one_pass"])
-def test_a_training_step_does_not_wait_for_the_device(name, no_waiting):
+@pytest.mark.parametrize(("name", "mark"), [("diffusion_blocks", None), ("diffusion_blocks", 7), ("bptt", None), ("one_pass", 7)])
+def test_a_training_step_does_not_wait_for_the_device(name, mark, no_waiting):
     iterations, world = 1 if name == "one_pass" else 4, World(0, 1, 0, torch.device("cuda", 0))
     objective = build_objective(ObjectiveSettings(name=name), NoiseSettings(), iterations, 1)
-    model = RecurrentDepthLM(ModelConfig(width=64, heads=2, mlp_width=64, iterations=iterations, vocab_size=50, **objective.model_fields))
+    sizes = dict(width=64, heads=2, mlp_width=64, iterations=iterations, vocab_size=50, document_mark=mark)
+    model = RecurrentDepthLM(ModelConfig(**sizes, **objective.model_fields))
     engine = build_engine(EngineSettings(name="torch"), model, objective, OptimizerSettings(), 4, 1, world)
     tokens = torch.randint(50, (4, 17), device=world.device)
 
@@ -47,14 +48,15 @@ def test_a_training_step_does_not_wait_for_the_device(name, no_waiting):
         assert answer() == 0
 
 
-@pytest.mark.parametrize("name", ["diffusion_blocks", "bptt", "one_pass"])
-def test_compiled_and_checkpointed_losses_stay_within_bf16_noise_of_the_plain_ones_over_200_steps(name):
+@pytest.mark.parametrize(("name", "mark"), [("diffusion_blocks", None), ("diffusion_blocks", 7), ("bptt", 7), ("one_pass", None)])
+def test_compiled_and_checkpointed_losses_stay_within_bf16_noise_of_the_plain_ones_over_200_steps(name, mark):
     iterations, world, losses = 1 if name == "one_pass" else 4, World(0, 1, 0, torch.device("cuda", 0)), []
     tokens = torch.randint(500, (8, 65), generator=torch.Generator().manual_seed(0)).to(world.device)
     for compiled, how in ((False, "none"), (True, "selective")):
         objective = build_objective(ObjectiveSettings(name=name, layer_checkpointing=how), NoiseSettings(), iterations, 1)
         torch.manual_seed(0)
-        shape = ModelConfig(width=128, heads=2, mlp_width=256, iterations=iterations, vocab_size=500, **objective.model_fields)
+        sizes = dict(width=128, heads=2, mlp_width=256, iterations=iterations, vocab_size=500, document_mark=mark)
+        shape = ModelConfig(**sizes, **objective.model_fields)
         settings = EngineSettings(name="torch", compile=compiled)
         engine = build_engine(settings, RecurrentDepthLM(shape), objective, OptimizerSettings(), 8, 1, world)
         found = [engine.train_step([(tokens, SampleRandom(0, range(8), world.device, step))], 1e-3)[0].value for step in range(200)]
@@ -68,6 +70,22 @@ def test_compiled_and_checkpointed_losses_stay_within_bf16_noise_of_the_plain_on
 def test_no_head_that_is_trained_goes_through_the_math_kernel(head_width):
     named = attention_backend(torch.device("cuda", 0), torch.bfloat16, head_width, 512)
     assert named in ("flash-attn", "SDPA flash", "SDPA cudnn", "SDPA efficient") and (head_width <= 256 or named == "SDPA efficient")
+    assert attention_backend(torch.device("cuda", 0), torch.bfloat16, head_width, 512, masked=True) == "SDPA efficient"
+
+
+@pytest.mark.parametrize("length", [512, 100])
+def test_documents_are_kept_apart_as_in_fp32_and_the_mask_is_kept_once_for_all_layers(length):
+    ids = torch.randint(0, 40, (2, length), device="cuda")
+    inputs = [torch.randn(2, 4, length, 64, device="cuda", requires_grad=True) for _ in range(3)]
+    found, saved = [], set()
+    for dtype in (torch.float32, torch.bfloat16):
+        mask = document_mask(ids, 0, dtype)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.add(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+            out = causal_attention(*(each.to(dtype) for each in inputs), mask)
+        found.append([out.float(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+    assert mask.data_ptr() in saved
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=0.05, atol=0.05)
 
 
 def test_what_bench_says_of_a_step_fits_together(tmp_path):

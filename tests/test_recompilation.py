@@ -1,4 +1,5 @@
-"""Compiled training and evaluation meet no new code once each kind of pass is known, whatever depth, sigma, block, samples and step."""
+"""Compiled training and evaluation meet no new code once each kind of pass is known, whatever depth, sigma, block, samples, documents
+and step."""
 
 import functools
 
@@ -41,7 +42,7 @@ def counter(monkeypatch):
 def test_nothing_is_compiled_after_the_first_steps(settings, iterations, blocks, counter):
     objective = build_objective(ObjectiveSettings(**settings), NoiseSettings(), iterations, blocks)
     shape = ModelConfig(width=16, heads=2, mlp_width=16, prelude_layers=1, core_layers=1, coda_layers=1, iterations=iterations,
-                        blocks=blocks, vocab_size=30, **objective.model_fields)
+                        blocks=blocks, vocab_size=30, document_mark=3 if iterations > 1 else None, **objective.model_fields)
     engine = build_engine(
         EngineSettings(name="torch", compile=True), RecurrentDepthLM(shape), objective, OptimizerSettings(), MICRO, 2, World(0, 1, 0, CPU)
     )

@@ -198,6 +198,17 @@ def test_a_text_is_scored_by_its_honest_likelihood_whatever_its_padding(both):
     torch.testing.assert_close(model(**right).logits[0, :3], scored.logits[1, -3:], rtol=1e-4, atol=1e-4)
 
 
+def test_documents_are_kept_apart_in_a_text_that_is_scored_by_a_model_that_was_trained_so(write):
+    texts = torch.tensor([[5, 20, 21, 22, 5, 30, 31], [5, 23, 24, 25, 5, 30, 31]])
+    for mark in (5, None):
+        model = load(write(document_mark=mark)[1])
+        alike = model(input_ids=texts, seed=3).logits
+        assert torch.equal(alike[0, 4:], alike[1, 4:]) == (mark is not None) and not torch.equal(alike[0, :4], alike[1, :4])
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]]).expand(2, -1)
+        padded = model(input_ids=torch.nn.functional.pad(texts, (2, 0), value=2), attention_mask=mask, seed=3).logits[:, 2:]
+        torch.testing.assert_close(padded, alike, rtol=1e-4, atol=1e-4)
+
+
 def test_a_gradient_step_on_labels_lowers_the_loss_with_tokens_that_were_added(both):
     model = load(both[1]).train()
     model.resize_token_embeddings(804)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config
+from ..data.mixture import open_loader
 from ..data.output import write_atomically
 from ..data.shards import ShardReader
 from ..distributed import World, leave
@@ -53,7 +54,8 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     reader = _reader(config, settings)
     vocab_size = settings.vocab_size or reader.vocab_size
     planned = cases(config, settings.compare, settings.sweep)
-    known = [on_paper(case, world, vocab_size, effort) for case in planned]  # so that what is wrong is found before the first one runs
+    bos_id = reader.manifest["bos_id"] if reader else 0
+    known = [on_paper(case, world, vocab_size, effort, bos_id) for case in planned]  # so that what is wrong is found before the first runs
     swept = settings.sweep[0].partition("=")[0] if settings.sweep else None
     options = {"warmup": effort.warmup, "steps": effort.steps, "shards": effort.shards, "swept": swept}
     report = {"facts": start_facts(world.device.type), **options}
@@ -65,7 +67,7 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     kept, rows = _kept(settings, report) if settings.resume else [], []
     for case, row in zip(planned, known, strict=True):
         before = [other for other in kept if _same(other, row)]
-        rows.append(before[0] if before else _measure_or_run_out(case, row, world, effort, reader if effort.shards else None))
+        rows.append(before[0] if before else _measure_or_run_out(case, row, world, effort))
         if settings.output is not None and world.is_main:
             done = {"complete": len(rows) == len(planned), "measurements": [asdict(row) for row in rows]}
             write_atomically(settings.output / "bench.json", json.dumps(report | done, indent=1) + "\n")
@@ -81,17 +83,18 @@ def _reader(config: Config, settings: BenchSettings) -> ShardReader | None:
     if settings.vocab_size is not None:
         return None
     try:
-        return ShardReader(Path(config.data.train))
+        data = config.data
+        return open_loader(data.train, data.mixture, data.rows, data.sequence_length, config.run.seed).reader
     except UserError as error:
         if settings.effort.shards:
             raise
         raise UserError(f"the number of tokens in the vocabulary is not known, as {error}; or give --vocab-size") from None
 
 
-def _measure_or_run_out(case: Case, known: Measurement, world: World, effort: Effort, reader: ShardReader | None) -> Measurement:
+def _measure_or_run_out(case: Case, known: Measurement, world: World, effort: Effort) -> Measurement:
     """A measurement, with nothing left of it in memory; where memory runs out, what is known without one."""
     try:
-        found = measure(case, known, world, effort, reader)
+        found = measure(case, known, world, effort)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error) or world.size > 1:  # the other ranks wait in a collective call
             raise

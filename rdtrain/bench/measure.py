@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data.loader import Loader, rank_indices, read_ahead
-from ..data.shards import ShardReader
-from ..distributed import World, agree, on_device
+from ..data.loader import rank_indices, read_ahead
+from ..data.mixture import open_loader
+from ..distributed import World, agree, on_device, pinned
 from ..engine import build_engine, start_processes
 from ..estimate import Shares, model_on_paper, rank_memory
 from ..faults import StepJudge
@@ -110,17 +110,18 @@ class Measurement:
     files: list[str] = field(default_factory=list)
 
 
-def on_paper(case: Case, world: World, vocab_size: int, effort: Effort) -> Measurement:
-    """What is known of a case before it runs. UserError for settings that do not fit together."""
+def on_paper(case: Case, world: World, vocab_size: int, effort: Effort, bos_id: int = 0) -> Measurement:
+    """What is known of a case before it runs. bos_id: of the shards; any token serves where they are random. UserError for settings that do
+    not fit together."""
     config = case.config
-    objective, model = objective_and_model(config, world, vocab_size)
+    objective, model = objective_and_model(config, world, vocab_size, bos_id)
     accumulation, dtype = config.batch.accumulation(world.size), config.engine.dtype(world.device)
     shares = Shares.of(model_on_paper(model), config, objective, world.size)
     memory = rank_memory(shares, model, config, objective, world, effort.warmup + effort.steps)
     return Measurement(
         arm=case.arm, value=case.value, parameters=shares.whole, model=asdict(model), objective=asdict(config.objective),
         engine=asdict(config.engine), ranks=world.size, device=device_name(world.device), precision=str(dtype).removeprefix("torch."),
-        attention=attention_backend(world.device, dtype, model.head_width, config.data.sequence_length),
+        attention=attention_backend(world.device, dtype, model.head_width, config.data.sequence_length, config.data.document_masking),
         micro_sequences=config.batch.micro_sequences, accumulation=accumulation,
         sequence_length=config.data.sequence_length, tokens_per_step=config.batch.global_sequences * config.data.sequence_length,
         estimate={
@@ -135,14 +136,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def measure(case: Case, known: Measurement, world: World, effort: Effort, reader: ShardReader | None) -> Measurement:
-    """`known`, of `on_paper`, and all that running the case shows. Collective. reader: of the shards, None for random tokens.
+def measure(case: Case, known: Measurement, world: World, effort: Effort) -> Measurement:
+    """`known`, of `on_paper`, and all that running the case shows. Collective.
 
     RuntimeError and MemoryError where memory runs out; what was allocated goes with the error.
     """
     config, device, cuda = case.config, world.device, world.device.type == "cuda"
     model_config = ModelConfig(**known.model)
-    objective, _ = objective_and_model(config, world, model_config.vocab_size)
+    objective, _ = objective_and_model(config, world, model_config.vocab_size, model_config.document_mark or 0)
     start_processes(config.engine, world)
     left_over = torch.cuda.memory_allocated(device) if cuda else 0
     torch.manual_seed(config.run.seed)
@@ -153,7 +154,7 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort, reader
     result = replace(known)
     judge, sums, seed = StepJudge(config.faults, config.model.blocks, world), MetricSums(), config.run.seed
     timed = range(effort.warmup, effort.warmup + effort.steps)
-    batches, step = _batches(config, model_config, world, reader, timed.stop + ENQUEUED + 2 * TRACED + 3), 0
+    batches, step = _batches(config, model_config, world, effort.shards, timed.stop + ENQUEUED + 2 * TRACED + 3), 0
 
     def advance() -> None:
         """One step, as the training loop makes it, which lets the host be one step ahead of the device."""
@@ -228,16 +229,16 @@ def _fill_in_rates(result: Measurement, durations: list[float], flops: list[tupl
         result.host_bound = result.busy_seconds < HOST_BOUND * typical
 
 
-def _batches(config: Config, model: ModelConfig, world: World, reader: ShardReader | None, steps: int):
+def _batches(config: Config, model: ModelConfig, world: World, shards: bool, steps: int):
     """An iterator of this rank's micro-batches of each step, (samples, tokens on the CPU), which can be closed."""
     batch, groups = config.batch, config.engine.groups(config.model.blocks)
 
     def shares(step: int) -> list[range]:
         return rank_indices(step, batch.global_sequences, world.size, world.rank, batch.micro_sequences, groups)
 
-    if reader is not None:
-        loader = Loader(reader, config.data.sequence_length, config.run.seed)
-        return read_ahead(lambda step: [(share, loader.batch(share)) for share in shares(step)], 0, steps)
+    if shards:
+        loader = open_loader(config.data.train, config.data.mixture, config.data.rows, config.data.sequence_length, config.run.seed)
+        return read_ahead(lambda step: [(share, pinned(loader.batch(share), world.device)) for share in shares(step)], 0, steps)
     generator = torch.Generator().manual_seed(world.rank)
     shape = (batch.micro_sequences, config.data.sequence_length + 1)
     pool: list[Tensor] = [torch.randint(model.vocab_size, shape, generator=generator) for _ in range(POOL)]

@@ -1,6 +1,7 @@
 """What shards hold, for people: sources, what was left out, lengths of documents with a histogram, and any window as text."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -12,10 +13,12 @@ BINS = 60
 BLOCK_DOCUMENTS = 1 << 20
 
 
-def inspect_shards(folder: Path, start: int = 0, document: int | None = None, length: int = 200, histogram: Path | None = None) -> str:
-    """A report on the shards in `folder`, with the window of `length` tokens from token `start`, or from the `document`-th document, on.
+def inspect_shards(folder: str | Path, start: int = 0, document: int | None = None, length: int = 200,
+                   histogram: Path | None = None) -> str:
+    """A report on shards, with the window of `length` tokens from token `start`, or from the `document`-th document, on.
 
-    histogram: a PNG file to draw the documents' lengths to. Raises UserError for places out of range and damaged shards.
+    folder: or a zip file, or a URL. histogram: a PNG file to draw the documents' lengths to.
+    Raises UserError for places out of range and damaged shards.
     """
     reader = ShardReader(folder)
     if document is not None:
@@ -87,7 +90,9 @@ def _draw(edges: np.ndarray, counts: np.ndarray, file: Path) -> None:
 
 def _text(reader: ShardReader, start: int, stop: int) -> str:
     """The window's text, with the marks of documents written out."""
-    tokenizer = Tokenizer(reader.path)
+    with TemporaryDirectory() as folder:
+        reader.copy_tokenizer(Path(folder))
+        tokenizer = Tokenizer(folder)
     tokens = reader.read(start, stop)
     marks = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>\n"}
     pieces, first = [], 0

@@ -6,18 +6,20 @@ in an order of its own. Step s trains on samples s * global_batch .. (s + 1) * g
 the size of the micro-batch.
 
 Notable: single reads from shards are slow and long ones fast, so the order has two levels, both by arithmetic (no table, no
-state): blocks of 64 neighbouring windows are permuted, then the windows of 16 consecutive blocks are. Two times 16 blocks are
-kept in memory.
+state): blocks of 64 neighbouring windows are permuted, then the windows of 16 consecutive blocks are, a buffer. Two buffers are
+kept in memory, the one that is in use and the one after it. `rdtrain.data.mixture` draws from several streams by weights.
 """
 
 import functools
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from ..errors import UserError
@@ -64,19 +66,22 @@ class SampleOrder:
 
 
 class Loader:
-    """Batches of token windows out of shards, in the order of `SampleOrder`.
+    """Batches of token windows out of shards, or out of a range of their tokens, in the order of `SampleOrder`.
 
-    Attributes: sequence_length (T), samples_per_epoch (windows in the shards), order.
+    Attributes: reader, sequence_length (T), samples_per_epoch (windows), order; mixture, which is None: all is one stream.
     """
 
-    def __init__(self, reader: ShardReader, sequence_length: int, seed: int):
-        """UserError when the shards hold fewer than sequence_length + 1 tokens."""
+    mixture = None
+
+    def __init__(self, reader: ShardReader, sequence_length: int, seed: int, first_token: int = 0, tokens: int | None = None):
+        """first_token, tokens: the range; without `tokens` up to the end. UserError when it has fewer than sequence_length + 1 tokens."""
         self.reader = reader
         self.sequence_length = sequence_length
-        self.samples_per_epoch = _count_windows(reader, sequence_length)
+        self._first, self._stop = first_token, len(reader) if tokens is None else first_token + tokens
+        self.samples_per_epoch = _count_windows(reader, sequence_length, self._stop - self._first)
         self.order = SampleOrder(self.samples_per_epoch, seed)
-        # two buffers: a batch may end in one and begin in the other
-        self._block = functools.lru_cache(maxsize=2 * BUFFER_BLOCKS)(self._read_block)
+        # a batch is in one, or ends in one and begins in the next
+        self._buffer = functools.lru_cache(maxsize=2)(self._new_buffer)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """The windows of the global samples `indices` (a range or a list of B numbers from 0): int64 [B, sequence_length + 1].
@@ -84,17 +89,67 @@ class Loader:
         The inputs are [:, :-1] and the targets [:, 1:]. UserError when a shard is damaged.
         """
         epochs, places = np.divmod(np.asarray(indices, np.int64), self.samples_per_epoch)
+        buffers, places = np.divmod(places, self.order.buffer)
         rows = np.empty((len(places), self.sequence_length + 1), np.int64)
-        for row, window in zip(rows, self.order.windows(epochs, places)):
-            block, offset = divmod(int(window), BLOCK_WINDOWS)
-            start = offset * self.sequence_length
-            row[:] = self._block(block)[start:start + self.sequence_length + 1]
+        left = np.arange(len(places))
+        while len(left):
+            epoch, number = int(epochs[left[0]]), int(buffers[left[0]])
+            here = (epochs[left] == epoch) & (buffers[left] == number)
+            buffer = self._buffer(epoch, number)
+            rows[left[here]] = buffer.rows(places[left[here]])
+            furthest, left = int(places[left[here]].max()), left[~here]
+        if len(places):
+            # the next one is read bit by bit, so that no batch has to wait for all of it
+            self._buffer(*self._after(epoch, number)).read_share((furthest + 1) / self.order.buffer)
         return torch.from_numpy(rows)
 
+    def epochs(self, samples: int) -> float:
+        """How often the first `samples` samples go through the windows."""
+        return samples / self.samples_per_epoch
+
+    def _after(self, epoch: int, buffer: int) -> tuple[int, int]:
+        last = (buffer + 1) * self.order.buffer >= self.samples_per_epoch
+        return (epoch + 1, 0) if last else (epoch, buffer + 1)
+
+    def _new_buffer(self, epoch: int, number: int) -> "_Buffer":
+        places = np.arange(number * self.order.buffer, min((number + 1) * self.order.buffer, self.samples_per_epoch))
+        return _Buffer(self.order.windows(np.full_like(places, epoch), places), self.order.block, self._read_block, self.sequence_length,
+                       np.dtype(self.reader.manifest["dtype"]))
+
     def _read_block(self, block: int) -> np.ndarray:
-        start = block * BLOCK_WINDOWS * self.sequence_length
-        stop = start + BLOCK_WINDOWS * self.sequence_length + 1
-        return self.reader.read(start, min(stop, len(self.reader)))
+        start = self._first + block * self.order.block * self.sequence_length
+        return self.reader.read(start, min(start + self.order.block * self.sequence_length + 1, self._stop))
+
+
+class _Buffer:
+    """The windows that are permuted among themselves: the tokens of their blocks, each read when it is first needed."""
+
+    def __init__(self, windows: np.ndarray, block: int, read: Callable[[int], np.ndarray], length: int, dtype: np.dtype):
+        """windows: in their order. block: the windows of one; read(number) its tokens. length: T."""
+        self._read = read
+        self._blocks, self._slots = np.unique(windows // block, return_inverse=True)
+        self._offsets = windows % block
+        self._tokens = np.empty((len(self._blocks), block * length + 1), dtype)
+        self._windows = sliding_window_view(self._tokens, length + 1, axis=1)[:, ::length]  # [blocks, block, T + 1]
+        self._missing = set(range(len(self._blocks)))
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """The windows at places [N], [N, T + 1] of the stored dtype."""
+        slots = self._slots[places]
+        if self._missing:
+            self._fill(self._missing.intersection(slots.tolist()))
+        return self._windows[slots, self._offsets[places]]
+
+    def read_share(self, share: float) -> None:
+        """Have at least so large a share of the blocks read, 0 to 1."""
+        wanted = math.ceil(min(share, 1) * len(self._blocks))
+        self._fill(sorted(self._missing)[:max(0, wanted - len(self._blocks) + len(self._missing))])
+
+    def _fill(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            tokens = self._read(int(self._blocks[slot]))
+            self._tokens[slot, :len(tokens)] = tokens
+            self._missing.discard(slot)
 
 
 def read_ahead(read: Callable[[int], Item], start: int, stop: int) -> Iterator[Item]:
@@ -132,21 +187,27 @@ def rank_indices(step: int, global_batch: int, world_size: int, rank: int, micro
     return [range(start, start + micro_batch) for start in range(first + member * micro_batch, first + share, members * micro_batch)]
 
 
-def validation_windows(reader: ShardReader, sequence_length: int, count: int) -> Tensor:
-    """The first `count` windows in their order, or all when there are fewer, each once: int64 [N, sequence_length + 1].
+def count_windows(reader: ShardReader, sequence_length: int) -> int:
+    """The windows of sequence_length + 1 tokens in shards. UserError when there is none."""
+    return _count_windows(reader, sequence_length, len(reader))
 
-    UserError when the shards hold fewer than sequence_length + 1 tokens.
+
+def validation_windows(reader: ShardReader, sequence_length: int, count: int, first: int = 0) -> Tensor:
+    """`count` windows in their order from window `first` on, or all there are when there are fewer, each once: int64 [N, T + 1].
+
+    UserError when the shards hold fewer than T + 1 tokens, T being sequence_length.
     """
-    windows = min(count, _count_windows(reader, sequence_length))
-    tokens = reader.read(0, windows * sequence_length + 1).astype(np.int64)
+    stop = min(first + count, count_windows(reader, sequence_length))
+    tokens = reader.read(first * sequence_length, stop * sequence_length + 1).astype(np.int64)
     return torch.from_numpy(tokens).unfold(0, sequence_length + 1, sequence_length).contiguous()
 
 
-def _count_windows(reader: ShardReader, sequence_length: int) -> int:
-    if len(reader) <= sequence_length:
-        raise UserError(f"{reader.path} holds {len(reader)} tokens, fewer than one window of {sequence_length} + 1; give more "
+def _count_windows(reader: ShardReader, sequence_length: int, tokens: int) -> int:
+    if tokens <= sequence_length:
+        part = "" if tokens == len(reader) else " of one source"
+        raise UserError(f"{reader.path} holds {tokens} tokens{part}, fewer than one window of {sequence_length} + 1; give more "
                         "text or a shorter sequence length")
-    return (len(reader) - 1) // sequence_length
+    return (tokens - 1) // sequence_length
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:

@@ -67,3 +67,8 @@ def file_facts(file: Path) -> dict:
     """The size and SHA-256 of a file."""
     with file.open("rb") as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def content_facts(content: bytes) -> dict:
+    """The size and SHA-256 of what a file holds, as `file_facts` gives them."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

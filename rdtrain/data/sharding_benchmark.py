@@ -32,30 +32,39 @@ BARE_BYTES = 50_000_000  # of text that the bare tokenizer encodes, at most
 SAMPLES_A_SECOND = 10  # of the memory
 
 
-def benchmark(tokenizer: Tokenizer, folder: Path, megabytes: list[int], workers: int) -> str:
-    """A table in Markdown, a row for each size of input in MB (10**6 bytes). `folder` must not exist; it is deleted at the end.
+def benchmark(tokenizer: Tokenizer, folder: Path, megabytes: list[int], workers: list[int]) -> str:
+    """A table in Markdown, a row for each size of input in MB (10**6 bytes) and each number of workers. `folder` must not exist; it is
+    deleted at the end.
 
-    UserError when the folder exists or sharding fails.
+    Each row is shown on standard error as soon as it is measured. UserError when the folder exists or sharding fails.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another folder to work in")
-    titles = ("input MB", "tokens", "s", "MB/s", "bare tokenizer MB/s", "share", "processor s/GB", "bare", "share", "peak memory MiB")
+    titles = ("input MB", "workers", "tokens", "s", "MB/s", "bare tokenizer MB/s", "share", "processor s/GB", "bare", "share",
+              "peak memory MiB")
     rows = [f"| {' | '.join(titles)} |", "|--:" * len(titles) + "|"]
     folder.mkdir(parents=True)
     try:
         for size in megabytes:
             text = folder / "text.jsonl"
             write_text(text, size * 10**6)
-            bare = _bare(tokenizer, text, workers)
-            elapsed, processor, peak = _shard(tokenizer, text, folder / "shards", workers)
-            manifest = json.loads((folder / "shards" / "manifest.json").read_text())
-            speed, cost = manifest["text_bytes"] / elapsed, processor / manifest["text_bytes"]
-            rows.append(f"| {size:,} | {manifest['tokens']:,} | {elapsed:.1f} | {speed / 1e6:.2f} | {bare[0] / 1e6:.2f} | "
-                        f"{speed / bare[0]:.0%} | {cost * 1e9:.0f} | {bare[1] * 1e9:.0f} | {bare[1] / cost:.0%} | {peak / 2**20:,.0f} |")
-            shutil.rmtree(folder / "shards")
+            for count in workers:
+                rows.append(_row(tokenizer, folder, text, size, count))
+                print(rows[-1], file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder)
     return "\n".join(rows)
+
+
+def _row(tokenizer: Tokenizer, folder: Path, text: Path, size: int, workers: int) -> str:
+    bare_speed, bare_cost = _bare(tokenizer, text, workers)
+    elapsed, processor, peak = _shard(tokenizer, text, folder / "shards", workers)
+    manifest = json.loads((folder / "shards" / "manifest.json").read_text())
+    shutil.rmtree(folder / "shards")
+    speed, cost = manifest["text_bytes"] / elapsed, processor / manifest["text_bytes"]
+    cells = (f"{size:,}", workers, f"{manifest['tokens']:,}", f"{elapsed:.1f}", f"{speed / 1e6:.2f}", f"{bare_speed / 1e6:.2f}",
+             f"{speed / bare_speed:.0%}", f"{cost * 1e9:.0f}", f"{bare_cost * 1e9:.0f}", f"{bare_cost / cost:.0%}", f"{peak / 2**20:,.0f}")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def write_text(file: Path, size: int) -> None:

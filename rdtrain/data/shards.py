@@ -8,26 +8,35 @@
 
 Notable: single reads cost about 2 ms whatever their length, so read long contiguous blocks (`rdtrain.data.loader` does). Every chunk
 carries a CRC-32C, so damage is noticed while reading; a missing or cut shard file is noticed on opening (zarr itself would read zeros),
-and `ShardReader.find_damage` checks every byte, the manifest's own too. `rdtrain.data.sharding` writes them.
+and `ShardReader.find_damage` checks every byte, the manifest's own too. They may lie in a folder, in a zip file or behind a URL
+(`rdtrain.data.storage`). `rdtrain.data.sharding` writes them, `rdtrain.data.copying` brings them elsewhere.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import zarr
 from tqdm import tqdm
 
-from ..errors import UserError
-from .output import file_facts
+from ..errors import UserError, first_line
+from .chunks import ChunkedArray
+from .output import content_facts
+from .storage import MISSING, TRAINING_TRIES, ZarrFiles, open_files
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 has neither named sources nor a checksum of the manifest
 CHUNK_TOKENS = 131072  # the smallest part that can be read: small enough for one read, large enough to compress well
 SHARD_TOKENS = 4194304
 UNSEALED = "0" * 64
+MANIFEST = "manifest.json"
+ARRAYS = "arrays.zarr"
+SIDES = ("train/", "validation/")
+FILES_AT_ONCE = 8  # that are read and checked, as a store behind a URL keeps one waiting
 
 
 def seal_manifest(file: Path, facts: dict) -> None:
@@ -36,41 +45,52 @@ def seal_manifest(file: Path, facts: dict) -> None:
     file.write_text(content.replace(UNSEALED, hashlib.sha256(content.encode()).hexdigest()), encoding="utf-8")
 
 
-def shard_folders(path: Path) -> list[Path]:
-    """The folders of shards that `path` is or holds: itself, or its train and validation sides."""
-    sides = [side for side in (path / "train", path / "validation") if side.is_dir()]
-    return sides if sides and not (path / "manifest.json").exists() else [path]
+def shard_folders(location: str | Path) -> list[str]:
+    """The places of the shards that a folder, URL or zip file is or holds: itself, or its train and validation sides.
+
+    Raises the UserErrors of `open_files`.
+    """
+    traces = {side: [f"{side}{name}" for name in (MANIFEST, "tokenizer.model", f"{ARRAYS}/zarr.json")] for side in SIDES}
+    sizes = open_files(location).sizes([MANIFEST, *(name for names in traces.values() for name in names)])
+    sides = [side for side, names in traces.items() if any(sizes[name] is not None for name in names)]
+    return [f"{str(location).rstrip('/')}/{side.rstrip('/')}" for side in sides] if sides and sizes[MANIFEST] is None else [str(location)]
 
 
 class ShardReader:
-    """Reads a folder of shards.
+    """Reads shards.
 
-    `len(reader)` is the number of tokens. Attributes: path, manifest (docs/data.md), vocab_size, document_count, text_bytes
-    and bytes_per_token (UTF-8 bytes of text for each token, marks counted as tokens). Safe to use in forked and spawned
-    processes.
+    `len(reader)` is the number of tokens. Attributes: path (where the shards are, for people), manifest (docs/data.md) and
+    manifest_content (its bytes), vocab_size, document_count, text_bytes and bytes_per_token (UTF-8 bytes of text for each token, marks
+    counted as tokens). Safe to use in threads and in forked and spawned processes.
     """
 
     def __init__(self, path: str | Path, tokenizer_hash: str | None = None, open_arrays: bool = True):
-        """Opens the folder `path`. tokenizer_hash: `Tokenizer.hash` of the tokenizer that the shards must have been written with.
-        open_arrays: False for `find_damage` only, which then works on whatever files are left.
+        """Opens the folder, zip file or URL `path`. tokenizer_hash: `Tokenizer.hash` of the tokenizer that the shards must have been
+        written with. open_arrays: False for `find_damage` and `read_file` only, which then work on whatever files are left.
 
-        Raises UserError when there are no shards, their format or tokenizer is another one, or a file is missing or has a wrong
-        size.
+        Raises UserError when there are no shards, their format or tokenizer is another one, a file is missing or has a wrong size, or
+        a store behind a URL does not answer.
         """
-        self.path = Path(path)
-        self.manifest = self._read_manifest()
+        self._files = open_files(path)
+        self.path = self._files.location
+        self.manifest_content, self.manifest = self._read_manifest()
         if tokenizer_hash is not None and tokenizer_hash != self.manifest["tokenizer_hash"]:
             raise UserError(f"{self.path} was written with tokenizer {self.manifest['tokenizer_hash'][:12]}, not with "
                             f"{tokenizer_hash[:12]}; use the tokenizer.model in that folder or write the shards again")
-        for name in self.manifest["files"] if open_arrays else ():
-            self._check_file(name, content=name.endswith("zarr.json"))
+        if open_arrays:
+            for name, size in self._files.sizes(self.manifest["files"]).items():
+                self._refuse(self._wrong_size(name, size) or name.endswith("zarr.json") and self._fault(name))
         self.vocab_size: int = self.manifest["vocab_size"]
         self.document_count: int = self.manifest["documents"]
         self.text_bytes: int = self.manifest["text_bytes"]
         self.bytes_per_token = self.text_bytes / len(self)
         if open_arrays:
-            group = zarr.open_group(self.path / "arrays.zarr", mode="r")
-            self._tokens, self._documents = group["tokens"], group["documents"]
+            sizes = {name: facts["bytes"] for name, facts in self.manifest["files"].items()}
+            store, read = ZarrFiles(self._files, ARRAYS, sizes), functools.partial(self._files.read, tries=TRAINING_TRIES)
+            self._tokens, self._documents = (
+                ChunkedArray(zarr.open_array(store, path=name, mode="r", zarr_format=3), read, f"{ARRAYS}/", sizes)
+                for name in ("tokens", "documents")
+            )
 
     def __len__(self) -> int:
         return self.manifest["tokens"]
@@ -100,16 +120,39 @@ class ShardReader:
 
     def find_damage(self) -> Iterator[str]:
         """Reads every file once, and says of each whose content is not what was written what is wrong with it."""
-        for name in tqdm(self.manifest["files"], "verify", unit=" files", disable=None):
-            if fault := self._fault(name, content=True):
-                yield fault
+        names = self.manifest["files"]
+        with ThreadPoolExecutor(FILES_AT_ONCE, "verify") as pool:
+            try:
+                for fault in tqdm(pool.map(self._fault, names), "verify", len(names), unit=" files", disable=None):
+                    if fault:
+                        yield fault
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-    def _read_manifest(self) -> dict:
-        file = self.path / "manifest.json"
+    def read_file(self, name: str) -> bytes:
+        """The content of one of the files that the manifest names. UserError when it is not what was written."""
         try:
-            content = file.read_bytes()
+            content = self._files.read(name)
         except OSError:
+            content = b""
+        if content_facts(content) != self.manifest["files"][name]:
+            self._refuse(self._fault(name))
+        return content
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copies the tokenizer, the files beside the arrays, into a folder of this machine. UserError when it is damaged."""
+        for name in self.manifest["files"]:
+            if "/" not in name:
+                (folder / name).write_bytes(self.read_file(name))
+
+    def _read_manifest(self) -> tuple[bytes, dict]:
+        file = self._files.place(MANIFEST)
+        try:
+            content = self._files.read(MANIFEST)
+        except MISSING:
             raise UserError(f"no shards in {self.path} (no manifest.json); correct the path or write shards there") from None
+        except OSError as error:
+            raise UserError(f"cannot read {file} ({error.strerror}); correct the path or mend the disk") from None
         try:
             manifest = json.loads(content.decode())
         except (ValueError, RecursionError):
@@ -124,28 +167,39 @@ class ShardReader:
         unsealed = content.replace(str(seal).encode(), UNSEALED.encode()) if seal else b""
         if (seal or manifest["format_version"] > 1) and hashlib.sha256(unsealed).hexdigest() != seal:
             raise UserError(f"{file} is damaged (its checksum is wrong); copy it again or write the shards again")
-        return manifest
+        return content, manifest
 
-    def _check_file(self, name: str, content: bool) -> None:
-        if fault := self._fault(name, content):
+    def _refuse(self, fault: str | None) -> None:
+        if fault:
             raise UserError(f"{fault}; copy it again or write the shards again")
 
-    def _fault(self, name: str, content: bool) -> str | None:
-        """What is wrong with a file's size, or its checksum when `content` is true."""
-        file, facts = self.path / name, self.manifest["files"][name]
-        size = file.stat().st_size if file.is_file() else None
+    def _wrong_size(self, name: str, size: int | None) -> str | None:
+        file, expected = self._files.place(name), self.manifest["files"][name]["bytes"]
         if size is None:
             return f"{file} is missing"
-        if size != facts["bytes"]:
-            return f"{file} has {size} bytes, not {facts['bytes']}"
-        return f"{file} is damaged (its checksum is wrong)" if content and file_facts(file)["sha256"] != facts["sha256"] else None
+        return f"{file} has {size} bytes, not {expected}" if size != expected else None
 
-    def _decode(self, array: zarr.Array, start: int, stop: int) -> np.ndarray:
+    def _fault(self, name: str) -> str | None:
+        """What is wrong with a file's size or content."""
         try:
-            return np.asarray(array[start:stop])
+            content = self._files.read(name)
+        except MISSING:
+            return self._wrong_size(name, None)
+        except OSError as error:
+            return f"{self._files.place(name)} cannot be read ({error.strerror or first_line(error)})"
+        if fault := self._wrong_size(name, len(content)):
+            return fault
+        damaged = content_facts(content) != self.manifest["files"][name]
+        return f"{self._files.place(name)} is damaged (its checksum is wrong)" if damaged else None
+
+    def _decode(self, array: ChunkedArray, start: int, stop: int) -> np.ndarray:
+        try:
+            return array[start:stop]
+        except UserError:  # a store behind a URL that gave no answer
+            raise
         except Exception as error:  # the checksum's, the decompressor's and the store's exceptions have nothing in common
             length = array.shards[0]
             for shard in range(start // length, -(-stop // length)):
-                self._check_file(f"arrays.zarr/{array.path}/c/{shard}", content=True)
-            raise UserError(f"numbers {start} to {stop} of {self.path / 'arrays.zarr' / array.path} cannot be read ({error}), "
+                self._refuse(self._fault(f"{ARRAYS}/{array.path}/c/{shard}"))
+            raise UserError(f"numbers {start} to {stop} of {self._files.place(ARRAYS)}/{array.path} cannot be read ({error}), "
                             "though every file is as it was written; mend the disk or the zarr installation") from error

@@ -125,6 +125,10 @@ class Inputs:
         """A hash of when the files were last changed."""
         return hashlib.sha256(repr([[time for _, _, time in facts] for facts in self._facts]).encode()).hexdigest()
 
+    def older_than(self, file: Path) -> bool:
+        """Whether all files were last changed before `file` was; False for standard input and data sets, of which nobody knows."""
+        return self.bytes is not None and max((time for facts in self._facts for _, _, time in facts), default=0) < file.stat().st_mtime_ns
+
     def units(self) -> Iterator[Unit]:
         """The units in their order. UserError when a data set or standard input cannot be read."""
         number = 0

@@ -11,7 +11,8 @@ Notable: every step is a rename, so that a kill at any moment leaves the old out
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,9 @@ MARKERS = ("manifest.json", "train/manifest.json", "part.json")
 
 
 @contextmanager
-def work_folder(output: Path, settings: dict, times: str, overwrite: bool) -> Iterator[Path | None]:
-    """Yields the folder to work in, new or with what an interrupted run has left; None when that run only had to be moved into place.
+def work_folder(output: Path, settings: dict, times: str, overwrite: bool, written: Callable[[], bool]) -> Iterator[Path | None]:
+    """Yields the folder to work in, new or with what an interrupted run has left; None when that run only had to be moved into place, or
+    when `written` says that the output is what this one would write.
 
     settings: what decides the result; times: a hash of when the inputs were changed. The folder stays when the block is left by an
     exception, and becomes the output when it has been marked by `complete`.
@@ -35,6 +37,10 @@ def work_folder(output: Path, settings: dict, times: str, overwrite: bool) -> It
     try:
         shutil.rmtree(_trash(target), ignore_errors=True)
         finished = (work / "complete").is_file()
+        if not finished and not overwrite and not (work / "settings.json").is_file() and written():
+            print(f"{output} has been written by this command before; --overwrite writes it anew", file=sys.stderr)
+            yield None
+            return
         if not finished:
             refuse_existing(Path(output), MARKERS, overwrite)
         work.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ is killed, which is noticed and named. The kernel ends the workers of a main pro
 import ctypes
 import itertools
 import multiprocessing
+import os
 import signal
 import sys
 import traceback
@@ -89,6 +90,8 @@ def _serve(connection: Connection, perform: Callable[[Any], Any]) -> None:
     """The life of a worker."""
     if sys.platform == "linux":  # elsewhere it leaves after the task at hand
         ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:
+            return  # it was killed before that call, and its task may wait in the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the main one ends the others
     while True:
         try:

@@ -78,12 +78,13 @@ class TrainingModule(nn.Module):
 
     def forward(self, tokens: Tensor, random: SampleRandom, held_out: bool = False) -> tuple[Tensor, Metrics] | Tensor:
         """The parts of a training Loss, as a plain tuple: engines look for tensors in what comes out, and do not look into other
-        classes. With held_out the negative log-likelihood of each predicted token, fp32 [B, T]."""
+        classes. The value is divided by `Objective.filled`. With held_out the negative log-likelihood of each predicted token, fp32
+        [B, T]."""
         with self._autocast:
             if held_out:
                 return self.objective.held_out_nll(self.model, tokens, random)
             loss = self.objective(self.model, tokens, random)
-            return loss.value, loss.metrics
+            return loss.value / self.objective.filled, loss.metrics
 
 
 def mean_loss(losses: list[Loss]) -> Tensor:

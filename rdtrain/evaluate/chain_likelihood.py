@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from ..model.denoiser import denoise
 from ..model.generation import TextGenerator
+from ..model.linear_cross_entropy import IGNORED
 from ..model.recurrent import token_losses
 from ..model.solvers import ancestral_step
+from ..objectives.base import inputs_and_targets
 from ..randomness import SampleRandom
 from .likelihood import summary
 
@@ -56,25 +58,29 @@ def likelihood_of_chain(generator: TextGenerator, iterations: list[int], tokens:
         rows = []
         for start in range(0, len(tokens), batch):
             part = tokens[start : start + batch].to(device)
-            rows.append(_bound(generator, count, part, SampleRandom("chain", range(start, start + len(part)), device)))
+            bound = _bound(generator, count, part, SampleRandom("chain", range(start, start + len(part)), device))
+            rows.append((bound, part[:, 1:]))
         bounds.append({"iterations": count, **vars(summary(rows, bytes_per_token))})
     return bounds
 
 
 def _bound(generator: TextGenerator, iterations: int, tokens: Tensor, random: SampleRandom) -> Tensor:
-    """Of K iterations, on sequences tokens [B, T + 1] -> [B, T]."""
+    """Of K iterations, on sequences tokens [B, T + 1] -> [B, T], 0 for targets that are IGNORED."""
     model, noise = generator.model, generator.noise
     sigma_data, levels = noise.sigma_data(model.config.width), noise.levels(iterations)
-    e, previous = model.prelude(tokens[:, :-1]), None
+    inputs, targets = inputs_and_targets(tokens)
+    mask = model.document_mask(inputs)
+    e, previous = model.prelude(inputs, None, mask), None
 
     def predict(k: int, z: Tensor) -> Tensor:
         nonlocal previous
         level = torch.full((len(z), 1), levels[k], device=z.device)
-        logits = denoise(model, z, e, level, sigma_data, previous=previous, block=model.config.block_of(k, iterations))
+        logits = denoise(model, z, e, level, sigma_data, previous=previous, block=model.config.block_of(k, iterations), mask=mask)
         if model.config.self_conditioning:
             previous = model.expected_embedding(logits)
         return logits
 
-    return ancestral_nats(
-        predict, tokens[:, 1:], model.unit_embeddings(), levels, lambda: random.normal(tokens.shape[1] - 1, model.config.width)
+    nats = ancestral_nats(
+        predict, targets.clamp(min=0), model.unit_embeddings(), levels, lambda: random.normal(targets.shape[1], model.config.width)
     )
+    return nats * (targets != IGNORED)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.loader import validation_windows
 from ..data.output import write_atomically
 from ..data.shards import ShardReader
 from ..errors import UserError
+from ..evaluation import validation_rows
 from ..model.decoding import cache_bytes
 from ..model.generation import Sampling, TextGenerator
 from ..run_folder import start_facts
@@ -34,11 +34,11 @@ from .teacher import Teacher
 class EvaluateSettings:
     """What is evaluated, and how.
 
-    models: exported, run or checkpoint folders. samples: samples files to score, instead of models. shards: held-out text.
+    models: exported, run or checkpoint folders. samples: samples files to score, instead of models. shards: held-out text (ShardReader).
     output: folder of the report. skip: parts to leave out, of `likelihood` and `samples`. device: None for CUDA where there is one.
-    sequences, sequence_length: of held-out likelihood. sigma_levels: noise levels of the curve against sigma. nll_iterations: the
-    K's of an unrolled model's likelihood and of the bound on a denoising chain's. batch: sequences or continuations at a time; None:
-    32 sequences, and as many continuations as `default_batch` says.
+    sequences, sequence_length, rows: of held-out likelihood, rows as DataSettings has it. sigma_levels: noise levels of the curve against
+    sigma. nll_iterations: the K's of an unrolled model's likelihood and of the bound on a denoising chain's. batch: sequences or
+    continuations at a time; None: 32 sequences, and as many continuations as `default_batch` says.
     prompts, prompt_tokens, continuations, new_tokens: what is generated, at each of iterations x temperatures, with `sampling`
     (further fields of Sampling). seed: of prompts' noise, sampling and MAUVE's clusters.
     teacher, mauve_features: folders of the judges. judge_batch: texts that they read at a time.
@@ -47,11 +47,12 @@ class EvaluateSettings:
     models: list[Path]
     output: Path
     samples: list[Path] = field(default_factory=list)
-    shards: Path | None = None
+    shards: str | None = None
     skip: list[str] = field(default_factory=list)
     device: str | None = None
     sequences: int = 256
     sequence_length: int = 512
+    rows: str = "packed"
     sigma_levels: int = 24
     nll_iterations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     batch: int | None = None
@@ -111,7 +112,7 @@ def evaluate(settings: EvaluateSettings) -> str:
         for source in sources:  # each must have been trained with the shards' tokenizer
             reader = ShardReader(settings.shards, tokenizer_hash=source.tokenizer().hash)
         if "likelihood" not in settings.skip:
-            tokens = validation_windows(reader, settings.sequence_length, settings.sequences)
+            tokens, bytes_per_token = validation_rows(reader, settings.sequence_length, settings.sequences, settings.rows)
         if "samples" not in settings.skip:
             windows = choose_prompts(reader, settings.prompts, settings.prompt_tokens, settings.new_tokens)
             prompts = human_samples(sources[0].tokenizer(), windows, settings.prompt_tokens)
@@ -139,7 +140,7 @@ def evaluate(settings: EvaluateSettings) -> str:
     for source in sources:
         generator = source.load(str(device))
         if tokens is not None:
-            report["likelihood"].append(_likelihood(source, generator, tokens, reader.bytes_per_token, settings))
+            report["likelihood"].append(_likelihood(source, generator, tokens, bytes_per_token, settings))
         for iterations in filter(source.runs_at, settings.iterations if prompts else []):
             for sampling in samplings:
                 started = time.perf_counter()

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from ..evaluation import held_out_nll
 from ..model.denoiser import denoise
 from ..model.generation import TextGenerator
+from ..model.linear_cross_entropy import IGNORED
 from ..model.recurrent import RecurrentDepthLM, token_losses
 from ..objectives import Objective
+from ..objectives.base import inputs_and_targets
 from ..randomness import SampleRandom
 from .models import Source
 
@@ -39,11 +41,15 @@ def measure_likelihood(model: RecurrentDepthLM, objective: Objective, tokens: Te
     return summary(rows, bytes_per_token)
 
 
-def summary(rows: Iterable[Tensor], bytes_per_token: float) -> HeldOut:
-    """Of the nats [B, T] of so many batches."""
-    each = torch.cat([nll.double().mean(1).cpu() for nll in rows])
-    nll = each.mean().item()
-    error = each.std().item() / math.sqrt(len(each)) if len(each) > 1 else None
+def summary(rows: Iterable[tuple[Tensor, Tensor]], bytes_per_token: float) -> HeldOut:
+    """Of the nats and targets [B, T] of so many batches, nats being 0 where a target is IGNORED.
+
+    The error is that of a ratio, all nats over all targets, whose sequences differ in both.
+    """
+    parts = [torch.stack((nll.double().sum(1), (targets != IGNORED).sum(1).double())).cpu() for nll, targets in rows]
+    nats, counts = torch.cat(parts, dim=1)
+    nll = (nats.sum() / counts.sum()).item()
+    error = (nats - nll * counts).std().item() * math.sqrt(len(nats)) / counts.sum().item() if len(nats) > 1 else None
     return HeldOut(nll, error, nll / math.log(2) / bytes_per_token)
 
 
@@ -76,12 +82,13 @@ def cross_entropy_by_sigma(generator: TextGenerator, tokens: Tensor, batch: int,
         total, block = 0.0, sum(sigma <= edge for edge in block_edges)
         for start in range(0, len(tokens), batch):
             rows = tokens[start : start + batch].to(device)
-            inputs, targets = rows[:, :-1], rows[:, 1:]
+            inputs, targets = inputs_and_targets(rows)
+            mask = model.document_mask(inputs)
             random = SampleRandom("sigma", range(start, start + len(rows)), device)
             eps = random.normal(targets.shape[1], model.config.width)
             level = torch.full((len(rows), 1), sigma, device=device)
-            z = model.unit_embedding(targets) + sigma * eps
-            logits = denoise(model, z, model.prelude(inputs), level, sigma_data, block=block)
+            z = model.unit_embedding(targets.clamp(min=0)) + sigma * eps
+            logits = denoise(model, z, model.prelude(inputs, None, mask), level, sigma_data, block=block, mask=mask)
             total += token_losses(logits, targets).double().sum().item()
-        curve.append({"sigma": sigma, "cross_entropy": total / tokens[:, 1:].numel()})
+        curve.append({"sigma": sigma, "cross_entropy": total / (tokens[:, 1:] != IGNORED).sum().item()})
     return curve

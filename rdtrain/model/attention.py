@@ -4,6 +4,8 @@ flash-attn is used when it can be imported, the tensors are on CUDA, their dtype
 Where SDPA runs in half precision on CUDA, whole sequences go through the first of KERNELS that can, and in passes with gradient never
 through its `math` kernel, which would keep all T x T scores. `attention_backend` says which kernel a run uses, so that nobody has to guess.
 
+Where documents are kept apart (`document_mask`), SDPA's memory-efficient kernel runs, the one that takes a mask; flash-attn does not.
+
 flash-attn-4 (flash_attn.cute) is no backend of its own: its functions are none that torch.compile knows, and SDPA's flash kernel becomes
 flash-attn-4's by `torch.nn.attention.activate_flash_attention_impl("FA4")`, from PyTorch 2.10 on.
 """
@@ -18,6 +20,9 @@ WIDEST_FLASH_HEAD = 256
 
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """SDPA's kernels for whole sequences in half precision on CUDA, the first that can run first."""
+
+MASKED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION]
+"""The same under a `document_mask`."""
 
 
 def find_flash_attn():
@@ -43,9 +48,14 @@ def uses_flash_attn(device: torch.device, dtype: torch.dtype, head_width: int) -
     return FLASH_ATTN is not None and half_precision(device, dtype) and head_width <= WIDEST_FLASH_HEAD
 
 
-def refuse_head_width(device: torch.device, dtype: torch.dtype, head_width: int) -> None:
+def refuse_head_width(device: torch.device, dtype: torch.dtype, head_width: int, masked: bool = False) -> None:
     """ValueError for heads that no kernel but the `math` one takes: memory-efficient attention wants multiples of 8, the others at most
-    WIDEST_FLASH_HEAD. The device need not be there."""
+    WIDEST_FLASH_HEAD. masked: whether under a `document_mask`. The device need not be there."""
+    if half_precision(device, dtype) and masked and head_width % 8:
+        raise ValueError(
+            f"heads of {head_width} channels are no multiple of 8, as attention that keeps documents apart needs them: choose width and "
+            "heads so that they are, or leave document masking off"
+        )
     if half_precision(device, dtype) and head_width > WIDEST_FLASH_HEAD and head_width % 8:
         raise ValueError(
             f"heads of {head_width} channels are more than the {WIDEST_FLASH_HEAD} of flash attention and no multiple of 8: choose width "
@@ -53,26 +63,44 @@ def refuse_head_width(device: torch.device, dtype: torch.dtype, head_width: int)
         )
 
 
-def attention_backend(device: torch.device, dtype: torch.dtype, head_width: int = 64, length: int = 128) -> str:
+def attention_backend(device: torch.device, dtype: torch.dtype, head_width: int = 64, length: int = 128, masked: bool = False) -> str:
     """The name of the kernel that `causal_attention` uses for whole sequences of so many positions: `flash-attn`, or `SDPA` and the kernel
-    that it chooses, asked with tensors on the device."""
-    if uses_flash_attn(device, dtype, head_width):
+    that it chooses, asked with tensors on the device. masked: whether under a `document_mask`."""
+    if uses_flash_attn(device, dtype, head_width) and not masked:
         return "flash-attn"
     query = torch.zeros(1, 1, length, head_width, device=device, dtype=dtype, requires_grad=True)
+    seen = {"attn_mask": document_mask(torch.zeros(1, length, device=device), 0, dtype)} if masked else {"is_causal": True}
     if not half_precision(device, dtype):
-        chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, is_causal=True))
+        chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, **seen))
     else:
-        with sdpa_kernel(KERNELS, set_priority=True):
-            chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, is_causal=True))
+        with sdpa_kernel(MASKED_KERNELS if masked else KERNELS, set_priority=True):
+            chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, **seen))
     return f"SDPA {chosen.name.removesuffix('_ATTENTION').lower()}"
+
+
+def document_mask(ids: Tensor, mark: int, dtype: torch.dtype) -> Tensor:
+    """What keeps documents apart: 0 where a position may look, at itself and earlier ones of its own document, and -inf elsewhere.
+
+    ids [B, T]; a document begins at each `mark`, and what stands before the first one is a document as well. Returns [B, 1, T, T] of the
+    queries' dtype, which is added to their scores as it is: of a bool mask SDPA would make such a one in each layer, and keep them all.
+    """
+    documents = (ids == mark).cumsum(1)
+    seen = (documents.unsqueeze(1) == documents.unsqueeze(2)).tril().unsqueeze(1)
+    length = ids.shape[1]
+    aligned = -(-length // 16) * 16  # the memory-efficient kernel's layout: rows of another would be copied in each layer, and kept
+    return torch.zeros(len(ids), 1, length, aligned, dtype=dtype, device=ids.device)[..., :length].masked_fill_(~seen, float("-inf"))
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which a query sees its own position and all earlier ones, or those where `mask` is true.
 
     query is [B, H, Tq, D]; key and value are [B, H, Tk, D] with Tk >= Tq. The queries are the last Tq of the Tk positions, as they
-    are when the first Tk - Tq keys come from a cache. mask: bool [1 or B, 1, Tq, Tk], of SDPA alone. Returns [B, H, Tq, D].
+    are when the first Tk - Tq keys come from a cache. mask: bool [1 or B, 1, Tq, Tk], or a `document_mask`, of SDPA alone.
+    Returns [B, H, Tq, D].
     """
+    if mask is not None and mask.dtype != torch.bool and half_precision(query.device, query.dtype):
+        with sdpa_kernel(MASKED_KERNELS if torch.is_grad_enabled() else [*MASKED_KERNELS, SDPBackend.MATH], set_priority=True):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     if mask is not None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     queries, keys = query.shape[2], key.shape[2]

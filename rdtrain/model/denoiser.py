@@ -37,31 +37,31 @@ class NoiseLevel:
 
 
 def denoise_at(model: RecurrentDepthLM, z: Tensor, e: Tensor, level: NoiseLevel, sigma_data: float, cache: list[CacheSlot] | None = None,
-               previous: Tensor | None = None, block: int = 0) -> tuple[Tensor, Tensor | None]:
+               previous: Tensor | None = None, block: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """`denoise_state` where the noise level is known beforehand: (state, evidence)."""
-    hidden = model.iterate(level.into_core * z, e, level.conditioning, cache, previous, block)
+    hidden = model.iterate(level.into_core * z, e, level.conditioning, cache, previous, block, mask)
     evidence = (z / level.sigma.square()).detach() if model.config.posterior_readout else None
     return (level.scale.c_skip * z + level.scale.c_out * hidden.float()) / sigma_data, evidence
 
 
 def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_data: float,
                   cache: list[CacheSlot] | None = None, previous: Tensor | None = None,
-                  block: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+                  block: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """One iteration before its readout: z, e [B, T, d], noise levels sigma [B, 1] or [B, T] (fp32) -> (state, conditioning, evidence).
 
     The state [B, T, d] is the preconditioned estimate of the target in units of its standard deviation; the three are what the model's
     `readout` and `losses` take, evidence being None for a model without posterior_readout. sigma_data: the standard deviation of the
     target's components that the scalings assume. previous: the estimate of the iteration before, as `iterate` takes it. block: the one
-    whose noise levels these are.
+    whose noise levels these are. mask: `document_mask` of the inputs, where there is no cache.
     """
     level = NoiseLevel.at(model, sigma, sigma_data)
-    state, evidence = denoise_at(model, z, e, level, sigma_data, cache, previous, block)
+    state, evidence = denoise_at(model, z, e, level, sigma_data, cache, previous, block, mask)
     return state, level.conditioning, evidence
 
 
 def denoise(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, sigma_data: float,
             core_cache: list[CacheSlot] | None = None, coda_cache: list[CacheSlot] | None = None,
-            previous: Tensor | None = None, block: int = 0) -> Tensor:
+            previous: Tensor | None = None, block: int = 0, mask: Tensor | None = None) -> Tensor:
     """Logits [B, T, V] of the next tokens: `denoise_state` and the readout."""
-    state, conditioning, evidence = denoise_state(model, z, e, sigma, sigma_data, core_cache, previous, block)
-    return model.readout(state, conditioning, coda_cache, evidence)
+    state, conditioning, evidence = denoise_state(model, z, e, sigma, sigma_data, core_cache, previous, block, mask)
+    return model.readout(state, conditioning, coda_cache, evidence, mask)

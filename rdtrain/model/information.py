@@ -74,10 +74,10 @@ class InformationEstimate:
         """Observations since the last fold, this rank's own: cross-entropies and tokens, both in UNITs."""
         self.curve = self._fitted()
 
-    def add(self, sigma: Tensor, losses: Tensor, weight: float = 1.0) -> None:
+    def add(self, sigma: Tensor, losses: Tensor, weight: float = 1.0, counted: Tensor | None = None) -> None:
         """Cross-entropies [B, T] in nats, at noise levels [B, 1] or [B, T], each counted at the nearest point; waits for no device.
 
-        weight: how many tokens each of them counts for.
+        weight: how many tokens each of them counts for. counted: bool [B, T], which of them do; None is all, and the others' must be 0.
         """
         self.pending = self.pending.to(losses.device)
         first, last = math.log(self.sigma_min), math.log(self.sigma_max)
@@ -85,7 +85,8 @@ class InformationEstimate:
         # A step with a loss that is not finite is withdrawn; here it must only not become an arbitrary whole number.
         nats = losses.detach().double().nan_to_num(0.0).clamp(0, 1000)
         units = (nats * (weight / UNIT)).round().long().sum_to_size(sigma.shape).flatten()
-        tokens = torch.full_like(units, round(losses.numel() // sigma.numel() * weight / UNIT))
+        counted = torch.ones_like(nats) if counted is None else counted.double()
+        tokens = (counted.sum_to_size(sigma.shape) * (weight / UNIT)).round().long().flatten()
         self.pending.index_add_(1, point, torch.stack((units, tokens)))
 
     def mark(self) -> None:

@@ -63,14 +63,14 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None, mask: Tensor | None = None) -> Tensor:
         batch, length, width = x.shape
         heads = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         query, key = rotate(query, rotary), rotate(key, rotary)
         if slot is not None:
             key, value = slot.append(key, value)
-        out = causal_attention(query, key, value, None if slot is None else slot.place.mask)
+        out = causal_attention(query, key, value, mask if slot is None else slot.place.mask)
         return self.output(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -102,15 +102,17 @@ class SandwichBlock(nn.Module):
         self.modulation = None if conditioning_width is None else nn.Linear(conditioning_width, 4 * width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None = None,
-                slot: CacheSlot | None = None) -> Tensor:
-        """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it."""
+                slot: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it. mask: as
+        `causal_attention` takes it; a slot has its own."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._forward(x, rotary, conditioning, slot)
-        return checkpointed(self.checkpointing, self._forward, x, rotary, conditioning, slot)
+            return self._forward(x, rotary, conditioning, slot, mask)
+        return checkpointed(self.checkpointing, self._forward, x, rotary, conditioning, slot, mask)
 
-    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None, slot: CacheSlot | None) -> Tensor:
+    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None, slot: CacheSlot | None,
+                 mask: Tensor | None) -> Tensor:
         attention_scale = attention_shift = mlp_scale = mlp_shift = 0.0
         if self.modulation is not None:
             attention_scale, attention_shift, mlp_scale, mlp_shift = self.modulation(conditioning).chunk(4, dim=-1)
-        x = self.norm2(x + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot))
+        x = self.norm2(x + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot, mask))
         return self.norm4(x + self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift))

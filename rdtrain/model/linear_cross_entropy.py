@@ -19,6 +19,9 @@ LOGITS_AT_A_TIME = 2**26
 """Tokens times vocabulary of a part at most: 256 MiB of fp32. Larger parts gain little: their products fill a GPU, and what each part costs
 beside them, reading and writing the embedding's gradient, is a few percent of the products' time from 1,024 tokens on."""
 
+IGNORED = -100
+"""The target of a position that has none, as PyTorch's cross-entropy has it: its loss and its gradients are 0."""
+
 
 def evidence_logits(evidence: Tensor, table: Tensor, inverse_lengths: Tensor) -> Tensor:
     """The log-likelihood of a noised state under each token, but for what all tokens share: fp32 [..., V].
@@ -75,18 +78,21 @@ def parts_of(tokens: int, vocabulary: int) -> list[slice]:
 def linear_cross_entropy(hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor | None = None, evidence: Tensor | None = None,
                          inverse_lengths: Tensor | None = None, dtype: torch.dtype | None = None,
                          part: Callable[..., tuple[Tensor, Tensor]] = part_gradients) -> tuple[Tensor, Tensor]:
-    """The mean over tokens of weight times cross-entropy, an fp32 scalar to differentiate, and each token's own, fp32 and detached.
+    """The mean over tokens, ignored ones among them, of weight times cross-entropy, an fp32 scalar to differentiate, and each token's own
+    cross-entropy, fp32 and detached.
 
-    hidden [..., d], embedding [V, d], targets [...]; the logits are hidden @ embedding^T, and the `evidence_logits` of evidence [..., d]
-    where that is given, which gets no gradient and gives none to the embedding. weights: fp32, of targets' shape, no gradient; None is
-    one for all. dtype: of the products; the embedding's where None. part: `part_gradients`, compiled or not.
+    hidden [..., d], embedding [V, d], targets [...], of which some may be IGNORED; the logits are hidden @ embedding^T, and the
+    `evidence_logits` of evidence [..., d] where that is given, which gets no gradient and gives none to the embedding. weights: fp32, of
+    targets' shape, no gradient; None is one for all. dtype: of the products; the embedding's where None. part: `part_gradients`, compiled
+    or not.
     """
     dtype, shape = dtype or embedding.dtype, targets.shape
     hidden = hidden.to(dtype).flatten(0, -2)
     with torch.no_grad():
         count = hidden.shape[0]
         table, targets = embedding.detach().to(dtype), targets.flatten()
-        weights = torch.ones(count, device=hidden.device) if weights is None else weights.flatten()
+        counted = targets != IGNORED
+        weights, targets = counted.float() if weights is None else weights.flatten() * counted, targets.clamp(min=0)
         evidence = None if evidence is None else evidence.to(dtype).flatten(0, -2)
         known, losses = hidden.detach(), torch.empty(count, device=hidden.device)
         hidden_gradient = torch.empty_like(known)
@@ -96,6 +102,7 @@ def linear_cross_entropy(hidden: Tensor, embedding: Tensor, targets: Tensor, wei
             losses[each], hidden_gradient[each] = part(
                 known[each], table, targets[each], weights[each] / count, some, inverse_lengths, table_gradient
             )
+        losses *= counted
         value = (losses * weights).mean()
         table_gradient = table_gradient.to(embedding.dtype)
     if torch.is_grad_enabled():

@@ -148,6 +148,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         None. seed: of the noise: one for all sequences (0 where None) or one for each; a cache keeps that which it was started with.
         solver ... cache_order: the chain's, as in `Sampling`. logits_to_keep: the last so many positions, or all where 0, of a text that is
         scored. num_items_in_batch: what the sum of cross-entropies is divided by; the number of labels where None.
+        A text that is scored may hold several documents, each begun by bos, which a model that was trained so keeps apart.
         ValueError, in one sentence, for token ids out of range, no tokens, and settings that do not go together.
         """
         self._check_ids(input_ids)
@@ -228,21 +229,22 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("a denoising model scores a text in one pass from pure noise, and its further iterations are for generation: "
                              "leave num_iterations out, or set use_cache=True")
         iterations = 1 if self.denoising else self._iterations(iterations)
-        model, (slots, random) = self.model, self._uncached(ids, mask, seed)
+        model, documents = self.model, self.model.document_mask(ids)
+        slots, random = self._uncached(ids, mask, seed, documents)
         prelude, core, coda = (slots and slots * n for n in
                                (model.config.prelude_layers, model.config.core_layers, model.config.coda_layers))
-        e = model.prelude(ids, prelude)
+        e = model.prelude(ids, prelude, documents)
         state, conditioning, evidence = self._initial(random, e), None, None
         states, logits = [state], []
         for k in range(iterations):
             if self.denoising:
                 sigma = torch.full((1, 1), self.noise.levels(1)[0], device=ids.device)
-                state, conditioning, evidence = denoise_state(model, state, e, sigma, self._sigma_data, core)
+                state, conditioning, evidence = denoise_state(model, state, e, sigma, self._sigma_data, core, mask=documents)
             else:
-                state = model.iterate(state, e, None, core)
+                state = model.iterate(state, e, None, core, mask=documents)
             states.append(state)
             if wanted[1] or k + 1 == iterations:
-                hidden = model.coda(state, conditioning, coda)[:, -keep:]
+                hidden = model.coda(state, conditioning, coda, documents)[:, -keep:]
                 logits.append(model.head(hidden, evidence if evidence is None else evidence[:, -keep:]))
         return RecurrentDepthOutput(
             logits=logits[-1], hidden_states=tuple(states) if wanted[0] else None, iteration_logits=tuple(logits) if wanted[1] else None
@@ -252,14 +254,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _sigma_data(self) -> float:
         return self.noise.sigma_data(self.model.config.width)
 
-    def _uncached(self, ids: Tensor, mask: Tensor | None, seed: int | list[int] | None) -> tuple[list | None, PositionRandom]:
-        """A slot that knows of padding, in a list, or None where there is none; and the positions' random numbers."""
+    def _uncached(self, ids: Tensor, mask: Tensor | None, seed: int | list[int] | None,
+                  documents: Tensor | None = None) -> tuple[list | None, PositionRandom]:
+        """A slot that knows of padding, and of documents, in a list, or None where there is none; and the positions' random numbers."""
         padding, slots = _padding(mask, ids.shape[1], scored=True), None
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         if padding is not None:
             place = CachePlace(ids.shape[1], ids.device)
             place.padding = padding
             place.begin(self.model.rotary, ids.shape[1])
+            place.mask = place.mask if documents is None else place.mask & (documents == 0)
             positions, slots = place.positions, [UncachedSlot(place)]
         return slots, TextRandom(self._seeds(seed, ids)).at(positions.expand(ids.shape))
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import document_mask
 from .cache import CacheSlot
 from .checkpointing import LayerCheckpointing
 from .layers import RMSNorm, RotaryTable, SandwichBlock
@@ -90,6 +91,8 @@ class ModelConfig(ModelSettings):
     self_conditioning: whether an iteration takes the expected embedding that the one before it ended with.
     core_readout: whether logits can also be read straight from the core's state.
     initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
+    document_mark: the id that begins a document, for a model whose positions attend to their own document alone; None where they attend
+        to all before them. A generated text is one document.
     """
 
     vocab_size: int = 0
@@ -99,6 +102,7 @@ class ModelConfig(ModelSettings):
     self_conditioning: bool = False
     core_readout: bool = False
     initial_state: Literal["normal", "zero"] = "normal"
+    document_mark: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,12 +138,12 @@ class Core(nn.Module):
         self.layers = sandwich_blocks(config, config.core_layers, config.noise_conditioning)
 
     def forward(self, state: Tensor, e: Tensor, conditioning: Tensor | None, cache: list[CacheSlot] | None,
-                told: Tensor | None) -> Tensor:
+                told: Tensor | None, mask: Tensor | None) -> Tensor:
         """state, e [B, T, d] -> the next state [B, T, d]; told: what self-conditioning adds to the adapter's output, [B, T, d]."""
         x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
         if told is not None:
             x = x + told
-        return run_layers(self.rotary, self.layers, x, conditioning, cache)
+        return run_layers(self.rotary, self.layers, x, conditioning, cache, mask)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -158,11 +162,11 @@ def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.Mo
 
 
 def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None,
-               cache: list[CacheSlot] | None) -> Tensor:
-    """Layers one after another, each with its slot of the cache: x [B, T, d] -> [B, T, d]."""
+               cache: list[CacheSlot] | None, mask: Tensor | None = None) -> Tensor:
+    """Layers one after another, each with its slot of the cache, or all with one mask: x [B, T, d] -> [B, T, d]."""
     turns = cache[0].place.turns if cache else rotary(0, x.shape[1], x.device)
     for index, layer in enumerate(layers):
-        x = layer(x, turns, conditioning, cache[index] if cache else None)
+        x = layer(x, turns, conditioning, cache[index] if cache else None, mask)
     return x
 
 
@@ -206,33 +210,43 @@ class RecurrentDepthLM(nn.Module):
                 scale = 1 / math.sqrt(2 * depth) if name.endswith(".output.weight") else 1.0
                 nn.init.trunc_normal_(parameter, std=std * scale, a=-3 * std * scale, b=3 * std * scale)
 
-    def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None) -> Tensor:
-        """Token ids [B, T] -> e [B, T, d], which every iteration is given."""
+    @torch.no_grad()
+    def document_mask(self, ids: Tensor) -> Tensor | None:
+        """The mask [B, 1, T, T] that `prelude`, `iterate` and `coda` take for inputs [B, T], all the same one, so that it is made once;
+        None where positions attend to all before them."""
+        if self.config.document_mark is None:
+            return None
+        return document_mask(ids, self.config.document_mark, working_dtype(self.embedding.weight))
+
+    def prelude(self, ids: Tensor, cache: list[CacheSlot] | None = None, mask: Tensor | None = None) -> Tensor:
+        """Token ids [B, T] -> e [B, T, d], which every iteration is given. mask: `document_mask`, where there is no cache."""
         if cache is None:
             self.rotary(0, ids.shape[1], ids.device)  # all parts use the same positions, and this one runs first
-        return self._prelude(ids, cache)
+        return self._prelude(ids, cache, mask)
 
-    def _prelude(self, ids: Tensor, cache: list[CacheSlot] | None) -> Tensor:
+    def _prelude(self, ids: Tensor, cache: list[CacheSlot] | None, mask: Tensor | None) -> Tensor:
         x = self.embedding(ids) * math.sqrt(self.config.width)
         x = x.to(working_dtype(x))
-        return run_layers(self.rotary, self.prelude_layers, x, None, cache)
+        return run_layers(self.rotary, self.prelude_layers, x, None, cache, mask)
 
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
-                cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0) -> Tensor:
+                cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0,
+                mask: Tensor | None = None) -> Tensor:
         """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d].
 
         previous: the expected embedding that the iteration before ended with, [B, T, d], for a model with self-conditioning; None is
-        the same as zeros.
+        the same as zeros. mask: as `prelude` takes it.
         """
         told = None
         if previous is not None:  # in units of the target's standard deviation
             told = self.estimate_adapter((math.sqrt(self.config.width) * previous).to(e.dtype))
-        return self.cores[block](state, e, conditioning, cache, told)
+        return self.cores[block](state, e, conditioning, cache, told, mask)
 
-    def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None) -> Tensor:
-        """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it."""
+    def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
+             mask: Tensor | None = None) -> Tensor:
+        """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it. mask: as `prelude` takes it."""
         x = self.final_norm(state.to(working_dtype(self.embedding.weight)))
-        return self.final_norm(run_layers(self.rotary, self.coda_layers, x, conditioning, cache))
+        return self.final_norm(run_layers(self.rotary, self.coda_layers, x, conditioning, cache, mask))
 
     def head(self, hidden: Tensor, evidence: Tensor | None = None, inverse_lengths: Tensor | None = None,
              shape: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -258,9 +272,9 @@ class RecurrentDepthLM(nn.Module):
         return 1 / self.embedding.weight.float().norm(dim=-1).clamp_min(1e-12)
 
     def readout(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
-                evidence: Tensor | None = None) -> Tensor:
+                evidence: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Coda and head: state [B, T, d] -> logits [B, T, V] of the next token."""
-        return self.head(self.coda(state, conditioning, cache), evidence)
+        return self.head(self.coda(state, conditioning, cache, mask), evidence)
 
     def readout_from_core(self, state: Tensor, evidence: Tensor | None = None, inverse_lengths: Tensor | None = None,
                           shape: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -271,13 +285,14 @@ class RecurrentDepthLM(nn.Module):
         return self.core_scale * self.core_norm(state.to(self.embedding.weight.dtype))
 
     def loss(self, state: Tensor, targets: Tensor, conditioning: Tensor | None = None, evidence: Tensor | None = None,
-             weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+             weights: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the readout in nats, without its logits ever being there for all positions.
 
-        state [B, T, d], targets [B, T] -> the mean over positions, to differentiate, and each position's, fp32 [B, T], detached.
-        weights: fp32 [B, T], what each position counts in the mean; None is one for all.
+        state [B, T, d], targets [B, T] -> the mean over positions, to differentiate, and each position's, fp32 [B, T], detached; both 0 at
+        targets that are IGNORED. weights: fp32 [B, T], what each position counts in the mean; None is one for all. mask: as `prelude`
+        takes it.
         """
-        return self._head_loss(self.coda(state, conditioning), targets, evidence, weights)
+        return self._head_loss(self.coda(state, conditioning, None, mask), targets, evidence, weights)
 
     def loss_from_core(self, state: Tensor, targets: Tensor, evidence: Tensor | None = None) -> Tensor:
         """The mean cross-entropy of `readout_from_core`, as in `loss`."""
@@ -320,9 +335,9 @@ class RecurrentDepthLM(nn.Module):
         return (logits.float().softmax(-1) @ (self.unit_embeddings() if unit is None else unit)).float()
 
     @torch.no_grad()
-    def read_embedding(self, state: Tensor, conditioning: Tensor | None, evidence: Tensor | None) -> Tensor:
+    def read_embedding(self, state: Tensor, conditioning: Tensor | None, evidence: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """The expected embedding of the readout, fp32 [B, T, d], a part of the positions at a time, as `loss` takes them; no gradient."""
-        hidden, unit = self.coda(state, conditioning), self.unit_embeddings()
+        hidden, unit = self.coda(state, conditioning, None, mask), self.unit_embeddings()
         rows, evidence = hidden.flatten(0, 1), None if evidence is None else evidence.flatten(0, 1)
         parts = [
             self.expected_embedding(self.head(rows[part], None if evidence is None else evidence[part]), unit)
@@ -332,7 +347,7 @@ class RecurrentDepthLM(nn.Module):
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each position: logits [B, T, V], targets [B, T] -> fp32 [B, T]."""
+    """Cross-entropy in nats of each position, 0 where its target is IGNORED: logits [B, T, V], targets [B, T] -> fp32 [B, T]."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 

@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..distributed import World
 from ..flops import recomputed_in_layers
 from ..model.checkpointing import LayerCheckpointing
+from ..model.linear_cross_entropy import IGNORED
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
 
@@ -76,14 +76,15 @@ are divided."""
 
 @dataclass
 class Loss:
-    """value: the scalar to differentiate, the mean over all tokens of the micro-batch."""
+    """value: the scalar to differentiate, the mean over all positions of the micro-batch, to which padding adds 0."""
 
     value: Tensor
     metrics: Metrics
 
 
 class Objective(ABC):
-    """One way to train a recurrent-depth model. Tokens are int64 [B, T + 1]; position i of T predicts token i + 1."""
+    """One way to train a recurrent-depth model. Tokens are int64 [B, T + 1]; position i of T predicts token i + 1, unless that is padding
+    (IGNORED). Of a model with a document_mark, positions attend to their own document alone: that of the token that they are given."""
 
     model_fields: dict[str, bool | str]
     """The fields of ModelConfig that follow from the objective, for example that its models take a noise level."""
@@ -96,6 +97,10 @@ class Objective(ABC):
 
     layer_checkpointing: LayerCheckpointing = "none"
     """As in ObjectiveSettings; who runs a model by this objective sets it there (`checkpoint_layers`)."""
+
+    filled: float = 1.0
+    """The mean share of a sequence's positions that have a target, by which losses are divided before they are differentiated: a constant
+    of the data (data/rows.py), so that a step's loss does not depend on how its sequences are divided into micro-batches."""
 
     smallest_micro_batch: int = 1
     """Sequences that a micro-batch must have for its passes to be the same on every rank."""
@@ -154,10 +159,19 @@ class Objective(ABC):
         """Restore what `state` returned."""
 
     def held_out_nll(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Tensor:
-        """Negative log-likelihood in nats of each predicted token, fp32 [B, T]."""
-        return token_losses(self.next_token_logits(model, tokens[:, :-1], random), tokens[:, 1:])
+        """Negative log-likelihood in nats of each predicted token, fp32 [B, T], 0 where that is padding."""
+        inputs, targets = inputs_and_targets(tokens)
+        return token_losses(self.next_token_logits(model, inputs, random), targets)
 
 
-def sum_and_count(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """The metric of a tensor of losses: their sum and their number, which waits for no device."""
-    return losses.detach().sum(), torch.full((), float(losses.numel()), device=losses.device)
+def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T + 1] -> what positions are given and what they predict, [B, T] both.
+
+    Padding stands at the end of a row, so no other position attends to it: it is given as token 0, and stays IGNORED as a target.
+    """
+    return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+
+
+def sum_and_count(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The metric of a tensor of losses, 0 where a target is IGNORED: their sum and the number of the others, which waits for no device."""
+    return losses.detach().sum(), (targets != IGNORED).sum().float()

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..flops import forward_flops, recomputed_in_layers
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, initial_state
 from ..randomness import SampleRandom
-from .base import Loss, Objective, ObjectiveSettings, sum_and_count
+from .base import Loss, Objective, ObjectiveSettings, inputs_and_targets, sum_and_count
 from .depth import FixedDepth, PoissonDepth
 
 
@@ -40,34 +40,36 @@ class BackpropagationThroughTime(Objective):
         self.activation_checkpointing = settings.activation_checkpointing
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        inputs, targets = inputs_and_targets(tokens)
+        mask = model.document_mask(inputs)
         depth = self.depth.draw(random.of_step())
         trained = min(depth, self.trained_limit)
-        e = model.prelude(inputs)
+        e = model.prelude(inputs, None, mask)
         state = initial_state(random.uniform(inputs.shape[1], model.config.width)).to(e.dtype)
         with torch.no_grad():
             for _ in range(depth - trained):
-                state = model.iterate(state, e)
+                state = model.iterate(state, e, mask=mask)
         for _ in range(trained):
             if self.activation_checkpointing:
                 # The core draws no random numbers, so there is no generator to wind back.
-                state = checkpoint(model.iterate, state, e, use_reentrant=False, preserve_rng_state=False)
+                state = checkpoint(model.iterate, state, e, mask=mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                state = model.iterate(state, e)
-        value, losses = model.loss(state, targets)
+                state = model.iterate(state, e, mask=mask)
+        value, losses = model.loss(state, targets, mask=mask)
         depth_metric = (torch.full((), float(depth), device=losses.device), torch.ones((), device=losses.device))
-        return Loss(value, {"loss": sum_and_count(losses), "depth": depth_metric})
+        return Loss(value, {"loss": sum_and_count(losses, targets), "depth": depth_metric})
 
     def shared_draw(self, random: SampleRandom) -> int:
         return self.depth.draw(random.of_step())
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """All K iterations from a random state."""
-        e = model.prelude(inputs)
+        mask = model.document_mask(inputs)
+        e = model.prelude(inputs, None, mask)
         state = initial_state(random.uniform(inputs.shape[1], model.config.width)).to(e.dtype)
         for _ in range(self.iterations):
-            state = model.iterate(state, e)
-        return model.readout(state)
+            state = model.iterate(state, e, mask=mask)
+        return model.readout(state, mask=mask)
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """The mean over the depth's distribution, exact.

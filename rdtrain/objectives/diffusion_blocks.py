@@ -18,11 +18,12 @@ from ..distributed import World
 from ..flops import forward_flops, recomputed_in_layers
 from ..model.denoiser import denoise, denoise_state
 from ..model.information import InformationEstimate
+from ..model.linear_cross_entropy import IGNORED
 from ..model.noise import NoiseSchedule, NoiseSettings, edm_weight
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..model.solvers import euler_step
 from ..randomness import SampleRandom
-from .base import Loss, Objective, ObjectiveSettings, sum_and_count
+from .base import Loss, Objective, ObjectiveSettings, inputs_and_targets, sum_and_count
 
 FOLD_INTERVAL = 16
 """Steps between two updates of the information curve: each waits once for the device and for all ranks."""
@@ -95,39 +96,40 @@ class DiffusionBlocks(Objective):
         return iteration, torch.where(pure, self.settings.sigma_max, sigma)
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        inputs, targets = inputs_and_targets(tokens)
+        counted, mask = targets != IGNORED, model.document_mask(inputs)
         iteration, sigma = self.draw(random, targets.shape[1])
         block, sigma_data = self._trained_block(random), self.noise.sigma_data(model.config.width)
-        y, eps = model.unit_embedding(targets), random.normal(targets.shape[1], model.config.width)
-        z, e = torch.addcmul(y, sigma.unsqueeze(-1), eps), model.prelude(inputs)
+        y, eps = model.unit_embedding(targets.clamp(min=0)), random.normal(targets.shape[1], model.config.width)
+        z, e = torch.addcmul(y, sigma.unsqueeze(-1), eps), model.prelude(inputs, None, mask)
         # Zeros, and not None, where no row is told anything: an engine of several ranks needs the same gradients on each.
         previous = torch.zeros_like(y) if self.self_conditioning else None
         rows = [row for row, index in enumerate(random.indices) if index % 2 == 0]
         if rows and (self.self_conditioning or self.chain_states):
             rows = torch.tensor(rows, device=z.device)
-            parts = (part[rows] for part in (y, eps, e, iteration, sigma))
+            parts = (None if part is None else part[rows] for part in (y, eps, e, iteration, sigma, mask))
             led_to, estimate = self._earlier_iteration(model, *parts, block)
             if self.chain_states:
                 z = z.index_copy(0, rows, led_to)
             if self.self_conditioning:
                 previous = previous.index_copy(0, rows, estimate)
-        state, conditioning, evidence = self._denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block)
+        state, conditioning, evidence = self._denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block, mask=mask)
         weights = edm_weight(sigma, sigma_data).expand_as(targets) if self.settings.weighting == "edm" else None
-        value, losses = model.loss(state, targets, conditioning, evidence, weights)
-        self.information.add(sigma, losses, self._weight)
+        value, losses = model.loss(state, targets, conditioning, evidence, weights, mask)
+        self.information.add(sigma, losses, self._weight, counted)
         by_level = losses.sum_to_size(sigma.shape).flatten()
-        zeros, counts = torch.zeros(self.iterations, device=tokens.device), torch.full_like(by_level, losses.numel() / sigma.numel())
+        zeros, counts = torch.zeros(self.iterations, device=tokens.device), counted.float().sum_to_size(sigma.shape).flatten()
         by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
         if self.core_readout:
             value = value + model.loss_from_core(state, targets, evidence)
-        metrics = {"loss": sum_and_count(losses), "loss_by_iteration": by_iteration}
+        metrics = {"loss": sum_and_count(losses, targets), "loss_by_iteration": by_iteration}
         if self._only_block is not None:
             metrics = {name: (self._weight * sums, self._weight * counts) for name, (sums, counts) in metrics.items()}
         return Loss(value, metrics)
 
     @torch.no_grad()
     def _earlier_iteration(self, model: RecurrentDepthLM, y: Tensor, eps: Tensor, e: Tensor, iteration: Tensor, sigma: Tensor,
-                           block: int) -> tuple[Tensor, Tensor]:
+                           mask: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
         """Run rows through one iteration first: the states at sigma that it leads to, and its estimates of the target, [B, T, d] both.
 
         Self-conditioning alone looks twice at the same state; with chain_states the earlier iteration runs at its own level, and one
@@ -136,7 +138,7 @@ class DiffusionBlocks(Objective):
         before = self._level_before(iteration, sigma, block) if self.chain_states else sigma
         start = y + before.unsqueeze(-1) * eps
         sigma_data = self.noise.sigma_data(model.config.width)
-        estimate = model.read_embedding(*denoise_state(model, start, e, before, sigma_data, block=block))
+        estimate = model.read_embedding(*denoise_state(model, start, e, before, sigma_data, block=block, mask=mask), mask)
         return euler_step(start, estimate, before.unsqueeze(-1), sigma.unsqueeze(-1)), estimate
 
     def _level_before(self, iteration: Tensor, sigma: Tensor, block: int) -> Tensor:
@@ -151,7 +153,8 @@ class DiffusionBlocks(Objective):
         """One iteration from pure noise at sigma_max, which is block 0's: the honest next-token distribution of a denoising model."""
         sigma = torch.full((inputs.shape[0], 1), self.settings.sigma_max, device=inputs.device)
         z = self.settings.sigma_max * random.normal(inputs.shape[1], model.config.width)
-        return denoise(model, z, model.prelude(inputs), sigma, self.noise.sigma_data(model.config.width))
+        mask = model.document_mask(inputs)
+        return denoise(model, z, model.prelude(inputs, None, mask), sigma, self.noise.sigma_data(model.config.width), mask=mask)
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         parts = forward_flops(config, sequence_length)

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..flops import forward_flops
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..randomness import SampleRandom
-from .base import Loss, Objective, sum_and_count
+from .base import Loss, Objective, inputs_and_targets, sum_and_count
 
 
 class OnePass(Objective):
@@ -24,14 +24,17 @@ class OnePass(Objective):
             raise UserError(f"objective.name=one_pass runs the core once, and model.iterations is {iterations}: set model.iterations=1")
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
-        e = model.prelude(tokens[:, :-1])
-        value, losses = model.loss(model.iterate(torch.zeros_like(e), e), tokens[:, 1:])
-        return Loss(value, {"loss": sum_and_count(losses)})
+        inputs, targets = inputs_and_targets(tokens)
+        mask = model.document_mask(inputs)
+        e = model.prelude(inputs, None, mask)
+        value, losses = model.loss(model.iterate(torch.zeros_like(e), e, mask=mask), targets, mask=mask)
+        return Loss(value, {"loss": sum_and_count(losses, targets)})
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """The one iteration, from zeros."""
-        e = model.prelude(inputs)
-        return model.readout(model.iterate(torch.zeros_like(e), e))
+        mask = model.document_mask(inputs)
+        e = model.prelude(inputs, None, mask)
+        return model.readout(model.iterate(torch.zeros_like(e), e, mask=mask), mask=mask)
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
         parts = forward_flops(config, sequence_length)

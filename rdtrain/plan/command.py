@@ -83,9 +83,10 @@ def _refuse_impossible(arguments) -> None:
 
 
 def _vocab_size(config) -> int:
-    from ..data.shards import ShardReader
+    from ..data.mixture import open_loader
 
+    data = config.data
     try:
-        return ShardReader(Path(config.data.train)).vocab_size
+        return open_loader(data.train, data.mixture, data.rows, data.sequence_length, config.run.seed).reader.vocab_size
     except UserError as error:
         raise UserError(f"the number of tokens in the vocabulary is not known, as {error}; or give --vocab-size") from None

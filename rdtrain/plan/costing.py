@@ -96,7 +96,7 @@ class _Paper:
     vocab_size: int
 
     def __post_init__(self):
-        self.objective, self.model = objective_and_model(self.config, self.world, self.vocab_size)
+        self.objective, self.model = objective_and_model(self.config, self.world, self.vocab_size, bos_id=0)
         on_paper = model_on_paper(self.model)
         self.parameters = parameters_by_part(on_paper)
         self.shares = Shares.of(on_paper, self.config, self.objective, self.world.size)

@@ -3,18 +3,14 @@
 import gzip
 import hashlib
 import io
-import json
+import lzma
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -27,33 +23,11 @@ from rdtrain.data.sharding import merge_parts, write_shards
 from rdtrain.data.shards import ShardReader
 from rdtrain.data.units import Inputs, NamedSource, load_sources
 
-PROCESS = Path(__file__).parent / "sharding_process.py"
 
-
-def lines(documents):
-    return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
-
-
-@pytest.fixture(scope="module")
-def documents(texts):
-    """Some hundred small documents, some of them twice, with an empty one."""
-    found = [paragraph for text in texts for paragraph in text.split("\n\n")][:500]
-    return [*found, found[3], "", found[40], "  \n", "the end"]
-
-
-@pytest.fixture(scope="module")
-def mixed(documents, tmp_path_factory):
-    """The documents, a hundred each, in files of every kind; their names keep the order."""
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n" + lines(documents[:100]))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines(documents[100:200])))
-    frames = [zstandard.compress(lines(documents[start:start + 50])[:-1] + b"\n" * (start < 250)) for start in (200, 250)]
-    (folder / "c.jsonl.zst").write_bytes(b"".join(frames))
-    pyarrow.parquet.write_table(pyarrow.table({"id": [*range(100)], "text": documents[300:400]}), folder / "d.parquet", row_group_size=9)
-    for number, text in enumerate(documents[400:500]):
-        (folder / f"e{number:03}.txt").write_text(text)
-    (folder / "f.json").write_text(json.dumps(documents[500:], indent=1))
-    return folder
+def parquet(columns):
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), stream)
+    return stream.getvalue()
 
 
 def expected(documents, tokenizer, share=0.0):
@@ -75,10 +49,6 @@ def assert_holds(folder, documents):
     reader.verify()
 
 
-def content(folder):
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 @pytest.mark.parametrize(("unit_bytes", "workers"), [(700, 1), (4000, 2), (1 << 23, 1)])
 def test_the_result_depends_neither_on_units_nor_on_workers(mixed, documents, tokenizer, tmp_path, monkeypatch, unit_bytes, workers):
     monkeypatch.setattr(reading, "READ_BYTES", 100)
@@ -94,7 +64,7 @@ def test_the_result_depends_neither_on_units_nor_on_workers(mixed, documents, to
     assert sorted(os.listdir(tmp_path)) == ["shards"]
 
 
-def test_parts_merge_into_what_one_run_writes(mixed, tokenizer, tmp_path, fault):
+def test_parts_merge_into_what_one_run_writes(mixed, tokenizer, tmp_path, fault, content):
     options = {"shard_tokens": 3000, "validation_share": 0.2, "unit_bytes": 700}
     write_shards([mixed], tokenizer, tmp_path / "whole", **options)
     parts = [tmp_path / f"part{number}" for number in (3, 1, 2)]
@@ -116,7 +86,7 @@ def test_parts_merge_into_what_one_run_writes(mixed, tokenizer, tmp_path, fault)
     assert "tokenizer.model is missing" in fault(lambda: merge_parts([tmp_path / "small1", tmp_path / "small2"], tmp_path / "x"))
 
 
-def test_the_validation_side_stays_when_data_are_added(documents, tokenizer, tmp_path):
+def test_the_validation_side_stays_when_data_are_added(documents, tokenizer, tmp_path, lines):
     (tmp_path / "a.jsonl").write_bytes(lines(documents[:200]))
     write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "few", validation_share=0.2)
     (tmp_path / "0.jsonl").write_bytes(lines(documents[200:]))
@@ -129,7 +99,7 @@ def test_the_validation_side_stays_when_data_are_added(documents, tokenizer, tmp
     assert texts("few/train") < texts("more/train") and texts("few/validation") < texts("more/validation")
 
 
-def test_sources_by_name(documents, tokenizer, tmp_path, monkeypatch, fault):
+def test_sources_by_name(documents, tokenizer, tmp_path, monkeypatch, fault, lines):
     pyarrow.parquet.write_table(pyarrow.table({"body": documents[:50]}), tmp_path / "train-00000.parquet")
     (tmp_path / "set").mkdir()
     shutil.move(tmp_path / "train-00000.parquet", tmp_path / "set")
@@ -155,17 +125,22 @@ def test_sources_by_name(documents, tokenizer, tmp_path, monkeypatch, fault):
     assert "cannot read the data set" in fault(lambda: write_shards(missing, tokenizer, tmp_path / "x"))
 
 
+TWO = b'{"text": "good"}\n{"text": "end"}\n'
 BAD = [
     ("a.jsonl", b'{"text": "good"}\n{"text": "b\xff"}\n{"text": "a\\ud800"}\n\0\0\n{"text": 5}\n{"body": 1}\n[1]\n{"text": "x"\n'
      + b"[" * 20000 + b'\n{"text": null}\n{"text": "end"}',
      {"not UTF-8": (1, "a.jsonl:2"), "lone surrogate": (1, "a.jsonl:3"), "not JSON": (3, "a.jsonl:4"), "not text": (1, "a.jsonl:5"),
       "no column": (1, "a.jsonl:6"), "not an object": (1, "a.jsonl:7"), "empty": (1, "a.jsonl:10")}),
-    ("b.jsonl.gz", gzip.compress(lines(["good", "end"]) + b" " * 9, mtime=0)[:-9], {"unreadable": (1, "b.jsonl.gz:3")}),
+    ("b.jsonl.gz", gzip.compress(TWO + b" " * 9, mtime=0)[:-9], {"unreadable": (1, "b.jsonl.gz:3")}),
     ("c.txt.zst", zstandard.compress(b"text" * 99)[:-5], {"unreadable": (1, "c.txt.zst")}),
     ("d.txt", b"a\0b", {"binary": (1, "d.txt")}),
     ("e.txt", b"\xff\xfe", {"not UTF-8": (1, "e.txt")}),
     ("f.parquet", b"PAR1", {"unreadable": (1, "f.parquet:1")}),
     ("g.json", b'[{"text": "x"},', {"not JSON": (1, "g.json:1")}),
+    ("h.jsonl.xz", lzma.compress(TWO + b" " * 9)[:-20], {"unreadable": (1, "h.jsonl.xz:3")}),
+    ("i.jsonl.gz", b"not packed", {"unreadable": (1, "i.jsonl.gz:1")}),
+    ("j.parquet", parquet({"text": [5, None, 7]}), {"empty": (1, "j.parquet:2"), "not text": (2, "j.parquet:1")}),
+    ("k.parquet", parquet({"text": ["x"] * 999})[:-9], {"unreadable": (1, "k.parquet:1")}),
 ]
 
 
@@ -175,7 +150,7 @@ def test_what_cannot_be_read_is_counted_and_named(tokenizer, tmp_path, unit_byte
     (tmp_path / "0.txt").write_text("whole")
     (tmp_path / name).write_bytes(damage)
     manifest = write_shards([tmp_path], tokenizer, tmp_path / "out", unit_bytes=unit_bytes)
-    good = ["whole", *(["good", "end"] if b"good" in damage or name == "b.jsonl.gz" else [])]
+    good = ["whole", *(["good", "end"] if b"good" in damage or name in ("b.jsonl.gz", "h.jsonl.xz") else [])]
     assert_holds(tmp_path / "out", expected(good, tokenizer)[0])
     found = {reason: (facts["documents"], Path(facts["first"].split(" (")[0]).name)
              for reason, facts in manifest["sources"][0]["left_out"].items()}
@@ -216,7 +191,7 @@ def test_wrong_columns_and_nothing_to_read(tokenizer, tmp_path, fault):
     assert os.listdir(tmp_path) == ["a.parquet"]
 
 
-def test_long_lines_and_documents_are_encoded_as_a_whole(tokenizer, texts, tmp_path, monkeypatch):
+def test_long_lines_and_documents_are_encoded_as_a_whole(tokenizer, texts, tmp_path, monkeypatch, lines):
     monkeypatch.setattr("rdtrain.data.encoding.SEGMENT_CHARACTERS", 100)
     monkeypatch.setattr("rdtrain.data.encoding.BATCH_CHARACTERS", 300)
     monkeypatch.setattr(reading, "PIECE_CHARACTERS", 70)
@@ -242,7 +217,7 @@ def test_segments_lose_nothing():
         assert "".join(parts) == text and max(map(len, parts)) <= SEGMENT_CHARACTERS
 
 
-def test_other_settings_or_inputs_are_not_continued(tokenizer, tmp_path, monkeypatch, fault):
+def test_other_settings_or_inputs_are_not_continued(tokenizer, tmp_path, monkeypatch, fault, lines):
     (tmp_path / "a.jsonl").write_bytes(lines(["a", "b"]))
     with monkeypatch.context() as broken:
         broken.setattr("rdtrain.data.sharding._write_result", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
@@ -256,7 +231,31 @@ def test_other_settings_or_inputs_are_not_continued(tokenizer, tmp_path, monkeyp
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
 
 
-def test_what_is_streamed_must_be_the_same_to_continue(tokenizer, tmp_path, monkeypatch, fault):
+def test_the_same_command_knows_its_own_output(tokenizer, tmp_path, capsys, fault, lines):
+    """As after a kill in the last moment, when nothing is left to do; a job script may start it however often it likes."""
+    file, out = tmp_path / "a.jsonl", tmp_path / "out"
+    file.write_bytes(lines(["a", "b"]))
+    manifest = write_shards([file], tokenizer, out)
+    (tmp_path / ".out.deleted").mkdir()
+    assert write_shards([file], tokenizer, out) == manifest and "has been written by this command before" in capsys.readouterr().err
+    for options in ({"part": (1, 2)}, {"part": (2, 2)}):
+        part = tmp_path / f"part{options['part'][0]}"
+        facts = write_shards([file], tokenizer, part, unit_bytes=10, **options)
+        assert write_shards([file], tokenizer, part, unit_bytes=10, **options) == facts
+        assert "exists already" in fault(lambda part=part, options=options: write_shards([file], tokenizer, part, **options))
+    parts = [tmp_path / "part1", tmp_path / "part2"]
+    assert merge_parts(parts, tmp_path / "merged") == merge_parts(parts, tmp_path / "merged") == manifest
+    assert capsys.readouterr().err.count("written by this command before") == 3
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "merged", "out", "part1", "part2"]
+    assert "exists already" in fault(lambda: write_shards([file], tokenizer, out, column="body"))
+    (out / "manifest.json").rename(out / "other.json")
+    assert "exists already" in fault(lambda: write_shards([file], tokenizer, out))
+    (out / "other.json").rename(out / "manifest.json")
+    file.touch()
+    assert "exists already" in fault(lambda: write_shards([file], tokenizer, out)), "the input may be another"
+
+
+def test_what_is_streamed_must_be_the_same_to_continue(tokenizer, tmp_path, monkeypatch, fault, lines):
     def shard(content, fail=False):
         monkeypatch.setattr(sys, "stdin", type("Standard", (), {"buffer": io.BytesIO(content)}))
         if fail:
@@ -269,95 +268,7 @@ def test_what_is_streamed_must_be_the_same_to_continue(tokenizer, tmp_path, monk
     assert shard(lines(["a", "b"]))["documents"] == 2
 
 
-def kill_and_continue(input_folder, tokenizer, output, kills, seed):
-    """Starts the process again and again, and kills it or one of its workers at a random moment, until so many kills are done."""
-    draw = random.Random(seed)
-    command = [sys.executable, str(PROCESS), str(input_folder), str(tokenizer.file), str(output)]
-    finished = 0
-    while kills:
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        victim = psutil.Process(process.pid)
-        time.sleep(draw.uniform(0.2, 2.5))
-        workers = victim.children() if process.poll() is None else []
-        if process.poll() is None:
-            (draw.choice(workers) if workers and draw.random() < 0.3 else victim).send_signal(signal.SIGKILL)
-            kills -= 1
-        # A kill may also come when the output is whole and nothing is left to continue.
-        if process.wait() == 0 or output.exists() and not (output.parent / f".{output.name}.unfinished").exists():
-            finished += 1
-            shutil.rmtree(output)
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return finished
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
-def test_kills_change_nothing(mixed, tokenizer, tmp_path, kills):
-    write_shards([mixed], tokenizer, tmp_path / "whole", shard_tokens=2000, validation_share=0.2, unit_bytes=2000)
-    kill_and_continue(mixed, tokenizer, tmp_path / "killed", kills, seed=kills)
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
-    assert sorted(os.listdir(tmp_path)) == ["killed", "whole"]
-
-
 def test_units_are_the_same_each_time(mixed):
     first, again = (list(Inputs([NamedSource("a", (str(mixed),))], 700).units()) for _ in range(2))
     assert first == again and [unit.number for unit in first] == list(range(len(first)))
     assert sum(unit.input_bytes for unit in first) == pytest.approx(sum(file.stat().st_size for file in mixed.iterdir()), rel=0.02)
-
-
-class Stopped(BaseException):
-    """What a kill is played by where everything happens in one process."""
-
-
-@pytest.fixture(scope="module")
-def stop_at():
-    """stop_at(n, folder) raises Stopped when a file in the folder is to be created, renamed or deleted for the n-th time, from 0; n
-    negative: never. Its `seen` counts those times."""
-    def arm(number, folder):
-        arm.seen, arm.number, arm.folder = 0, number, str(folder)
-
-    def hook(event, arguments):
-        if not event.startswith(("open", "os.", "shutil.rmtree")) or arm.folder is None or not str(arguments[0]).startswith(arm.folder):
-            return
-        if event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove") or event == "open" and str(arguments[1])[:1] in "wxa+":
-            arm.seen += 1
-            if arm.seen == arm.number + 1:
-                arm.folder = None
-                raise Stopped
-
-    arm.folder = None
-    sys.addaudithook(hook)
-    yield arm
-    arm.folder = None
-
-
-@pytest.mark.parametrize("share", [0.15, pytest.param(1, marks=pytest.mark.slow)])
-def test_stopped_before_any_change_on_disk_it_continues(documents, tokenizer, tmp_path, stop_at, share):
-    """A share of all the moments at which a file appears, moves or goes, the replacing of an old output among them."""
-    (tmp_path / "a.jsonl").write_bytes(lines(documents[:30] + documents[:3]))
-    options = {"shard_tokens": 500, "unit_bytes": 1000, "validation_share": 0.3, "overwrite": True}
-    (tmp_path / "whole" / "train").mkdir(parents=True)
-    (tmp_path / "whole" / "train" / "manifest.json").write_text("old")
-    stop_at(-1, tmp_path)
-    write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "whole", **options)
-    moments, whole, draw = stop_at.seen, content(tmp_path / "whole"), random.Random(0)
-    assert moments > 50
-    for number in range(moments):
-        if draw.random() >= share:
-            continue
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        (tmp_path / "out" / "train").mkdir(parents=True)
-        (tmp_path / "out" / "train" / "manifest.json").write_text("old")
-        stop_at(number, tmp_path)
-        with pytest.raises(Stopped):
-            write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", **options)
-        stop_at.folder = None
-        time.sleep(0.05)  # zarr's threads write on, which they would not after a kill
-        unfinished = not (tmp_path / ".out.unfinished" / "complete").exists()
-        for folder in tmp_path.glob(".out.unfinished/result/*/arrays.zarr/tokens/c") if unfinished else ():
-            (folder / "half-written.partial").write_text("what a kill would have left")
-        if (tmp_path / "out").exists():
-            assert content(tmp_path / "out") in (whole, {"train/manifest.json": b"old"}), number
-        write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", **options)
-        assert content(tmp_path / "out") == whole, number
-        assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out", "whole"], number

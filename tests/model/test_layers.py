@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rdtrain.model import attention as attention_module
-from rdtrain.model.attention import attention_backend, causal_attention, refuse_head_width, uses_flash_attn
+from rdtrain.model.attention import attention_backend, causal_attention, document_mask, refuse_head_width, uses_flash_attn
 from rdtrain.model.cache import CacheSlot
 from rdtrain.model.layers import Attention, GatedMLP, RMSNorm, RotaryTable, SandwichBlock, rotate
 
@@ -133,7 +133,7 @@ CUDA = torch.device("cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sdpa_is_used_on_cpu_even_where_flash_attn_is_present_and_its_kernel_is_named(dtype, flash_attn):
     flash_attn(fake_flash_attn(flash_attn_func=print))
-    assert attention_backend(CPU, dtype) == "SDPA flash"
+    assert attention_backend(CPU, dtype) == attention_backend(CPU, dtype, masked=True) == "SDPA flash"
     with sdpa_kernel(SDPBackend.MATH):
         assert attention_backend(CPU, dtype) == "SDPA math"
 
@@ -153,6 +153,10 @@ def test_heads_that_only_the_math_kernel_takes_are_refused_where_it_would_run():
     bf16, fp32 = torch.bfloat16, torch.float32
     for device, dtype, width in ((CUDA, bf16, 20), (CUDA, bf16, 264), (CUDA, fp32, 258), (CPU, bf16, 258)):
         refuse_head_width(device, dtype, width)
+    refuse_head_width(CUDA, fp32, 20, masked=True)
+    refuse_head_width(CUDA, bf16, 264, masked=True)
+    with pytest.raises(ValueError, match="^heads of 20 channels are no multiple of 8, as attention that keeps documents apart needs them"):
+        refuse_head_width(CUDA, bf16, 20, masked=True)
     with pytest.raises(ValueError, match="^heads of 258 channels are more than the 256 of flash attention and no multiple of 8: choose"):
         refuse_head_width(CUDA, torch.bfloat16, 258)
 
@@ -234,3 +238,21 @@ def test_a_full_cache_slot_refuses_more_and_says_how_much_it_holds():
     with pytest.raises(ValueError, match="holds 10 positions, and 11 were asked"):
         slot.append(one, one)
     assert slot.length == 10 and torch.equal(slot.keys, full), "and is left as it was"
+
+
+def test_documents_are_kept_apart_by_the_kernels_that_take_a_mask_and_never_by_the_math_kernel(monkeypatch):
+    """On the CPU, whose flash kernel takes one; the kernel for CUDA, which is not here, fails in training."""
+    query = normal(1, 2, 6, 8, seed=1).requires_grad_()
+    mask = document_mask(torch.tensor([[4, 1, 4, 4, 1, 4]]), 1, query.dtype)
+    expected = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+    cut = [causal_attention(*3 * [query[:, :, start:stop]]) for start, stop in ((0, 1), (1, 4), (4, 6))]
+    torch.testing.assert_close(expected, torch.cat(cut, dim=2))
+    monkeypatch.setattr(attention_module, "uses_flash_attn", lambda *_: True)
+    assert torch.equal(causal_attention(query, query, query, mask), expected)
+    monkeypatch.setattr(attention_module, "half_precision", lambda device, dtype: True)
+    with pytest.raises(RuntimeError, match="No (available|viable)"):
+        causal_attention(query, query, query, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(query, query, query, mask), expected.detach())
+    monkeypatch.setattr(attention_module, "MASKED_KERNELS", [SDPBackend.FLASH_ATTENTION])
+    torch.testing.assert_close(causal_attention(query, query, query, mask), expected)

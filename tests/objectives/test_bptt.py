@@ -154,7 +154,7 @@ def test_the_prelude_is_trained_even_when_only_the_last_iteration_is(fixed_depth
 def test_the_number_of_core_calls_with_and_without_gradient_is_as_set(fixed_depth, build_model, tokens, random_of, monkeypatch):
     model, calls = build_model(False), []
     iterate = model.iterate
-    monkeypatch.setattr(model, "iterate", lambda *args: (calls.append(torch.is_grad_enabled()), iterate(*args))[1])
+    monkeypatch.setattr(model, "iterate", lambda *args, **named: (calls.append(torch.is_grad_enabled()), iterate(*args, **named))[1])
     fixed_depth(5, 2)(model, tokens, random_of(INDICES))
     assert calls == [False] * 3 + [True] * 2
 

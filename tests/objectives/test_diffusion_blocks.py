@@ -224,9 +224,9 @@ def sequence_losses(build_model, tokens, random_of, monkeypatch):
     model, seen = build_model(True), {}
     unit_embedding, loss = model.unit_embedding, model.loss
 
-    def remember_loss(state, targets, conditioning, evidence, weights):
+    def remember_loss(state, targets, conditioning, evidence, weights, mask):
         seen["losses"] = token_losses(model.readout(state, conditioning, None, evidence), targets)
-        return loss(state, targets, conditioning, evidence, weights)
+        return loss(state, targets, conditioning, evidence, weights, mask)
 
     monkeypatch.setattr(model, "unit_embedding", lambda ids: seen.setdefault("y", unit_embedding(ids)))
     monkeypatch.setattr(model, "loss", remember_loss)
