@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,7 @@ class Plan:
         validation = ShardReader(Path(config.data.validation), tokenizer_hash=shards.manifest["tokenizer_hash"])
         length = config.data.sequence_length
         objective, model = objective_and_model(config, world, shards.vocab_size)
+        model = replace(model, unused_tokens=shards.manifest.get("unused_tokens", 0))
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         tokens_per_step = config.batch.global_sequences * length
@@ -71,7 +72,7 @@ class Plan:
                 validation, length, config.evaluation, config.batch.micro_sequences, world,
                 ranks=world.size // config.engine.groups(config.model.blocks),
             ),
-            tokenizer=shards.path / "tokenizer.model",
+            tokenizer=shards.path / shards.tokenizer_name,
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
             tokens_per_step=tokens_per_step,

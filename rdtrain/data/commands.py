@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
+from .tokenizer_commands import load_tokenizer
 
 ACTIONS = ("verify", "inspect", "merge", "benchmark")
 
@@ -36,7 +37,7 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--config", type=Path, help="instead of inputs: YAML file of named sources, also data sets of Hugging Face (docs/data.md)"
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train` or `import`, or its file")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--column", default="text", help="the text column of JSONL and Parquet")
     parser.add_argument(
@@ -77,7 +78,7 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         "Makes text of each size, shards it, and prints the speed beside that of the tokenizer alone in as many processes, and the peak "
         "memory.",
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train` or `import`, or its file")
     parser.add_argument("--output", type=Path, required=True, help="folder to work in; what is made there is deleted again")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the input")
     _add_workers(parser)
@@ -101,7 +102,7 @@ def _shard(arguments) -> None:
         raise UserError("rdtrain shard needs either inputs or --config: give one of the two")
     inputs = arguments.inputs or load_sources(arguments.config)
     manifest = write_shards(
-        inputs, _load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite, column=arguments.column,
+        inputs, load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite, column=arguments.column,
         workers=arguments.workers, validation_share=arguments.validation_share, part=arguments.part,
     )
     if arguments.part is None:
@@ -151,13 +152,4 @@ def _inspect(arguments) -> None:
 def _benchmark(arguments) -> None:
     from .sharding_benchmark import benchmark
 
-    print(benchmark(_load_tokenizer(arguments.tokenizer), arguments.output, arguments.megabytes, arguments.workers))
-
-
-def _load_tokenizer(path: Path):
-    from ..model.tokenizer import Tokenizer
-
-    try:
-        return Tokenizer(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{error}: train one with `rdtrain tokenizer train`") from None
+    print(benchmark(load_tokenizer(arguments.tokenizer), arguments.output, arguments.megabytes, arguments.workers))

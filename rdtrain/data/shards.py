@@ -1,7 +1,7 @@
 """Token shards: documents as numbers in a compressed, checksummed zarr 3 store that any zarr library can read.
 
     manifest.json      counts, tokenizer, checksums: docs/data.md has all of it
-    tokenizer.model    the tokenizer that wrote the shards
+    tokenizer.model    the tokenizer that wrote the shards, or tokenizer.json
     arrays.zarr/       a zarr group with two 1-D arrays
         tokens         uint16, or uint32 for more than 65,536 pieces: `<s> ids </s>` of each document, one after the other
         documents      int64: where each document starts in `tokens`, and at the end the number of tokens
@@ -21,6 +21,7 @@ import zarr
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..model.tokenizer import TOKENIZER_FILES
 from .output import file_facts
 
 FORMAT_VERSION = 2
@@ -61,7 +62,7 @@ class ShardReader:
         self.manifest = self._read_manifest()
         if tokenizer_hash is not None and tokenizer_hash != self.manifest["tokenizer_hash"]:
             raise UserError(f"{self.path} was written with tokenizer {self.manifest['tokenizer_hash'][:12]}, not with "
-                            f"{tokenizer_hash[:12]}; use the tokenizer.model in that folder or write the shards again")
+                            f"{tokenizer_hash[:12]}; use the tokenizer in that folder or write the shards again")
         for name in self.manifest["files"] if open_arrays else ():
             self._check_file(name, content=name.endswith("zarr.json"))
         self.vocab_size: int = self.manifest["vocab_size"]
@@ -71,6 +72,11 @@ class ShardReader:
         if open_arrays:
             group = zarr.open_group(self.path / "arrays.zarr", mode="r")
             self._tokens, self._documents = group["tokens"], group["documents"]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name of the tokenizer's file among the shards' files."""
+        return next(name for name in TOKENIZER_FILES if name in self.manifest["files"])
 
     def __len__(self) -> int:
         return self.manifest["tokens"]
