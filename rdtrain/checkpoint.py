@@ -3,7 +3,7 @@
     checkpoints/step-00000200/
       state.json              step, seconds trained, model, objective and its state, config, versions: what a loader checks first
       model.safetensors       the weights, whole and once; with the tokenizer, what `rdtrain export` reads
-      tokenizer.model         the tokenizer of the shards
+      tokenizer.model         the tokenizer of the shards (or tokenizer.json)
       shard-RANK.safetensors  the rank's share of weights and optimizer state (Engine.snapshot), and its torch generators
       manifest.json           size and checksum of every file
 
@@ -75,8 +75,8 @@ class CheckpointSettings:
 class Checkpointer:
     """The checkpoints of a run, on every rank; a context manager, at whose end the save in flight is waited for."""
 
-    def __init__(self, run_folder: Path, settings: CheckpointSettings, tokenizer: bytes | Path, world: World):
-        """tokenizer: the model file, or its content, of which every checkpoint holds a copy."""
+    def __init__(self, run_folder: Path, settings: CheckpointSettings, tokenizer: dict[str, bytes | Path], world: World):
+        """tokenizer: its file's name, with the file or its content, of which every checkpoint holds a copy."""
         self._run_folder, self._settings, self._tokenizer, self._world = run_folder, settings, tokenizer, world
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[dict[str, Entry]] | None = None  # of step _step, into _temporary
@@ -143,7 +143,7 @@ class Checkpointer:
         weights = engine.weights()
         if self._world.is_main:
             contents["model.safetensors"] = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
-            contents["tokenizer.model"] = self._tokenizer
+            contents |= self._tokenizer
             contents["state.json"] = json.dumps(state, indent=2).encode()
         self._step, self._published = state["step"], False
         self._temporary = temporary_folder(self._run_folder, self._step, self._start)
@@ -270,7 +270,7 @@ def refuse_other_model(folder: Path, config: ModelConfig, tokenizer_hash: str) -
     """
     state = read_state(folder)
     for name, ours in dataclasses.asdict(config).items():
-        theirs = state["model"].get(name)
+        theirs = state["model"].get(name, getattr(ModelConfig, name, None))  # what an older checkpoint does not name was as by default
         if theirs != ours and name != "document_mark":
             raise UserError(
                 f"checkpoint {folder} is of another model ({name} is {theirs} there and {ours} here): "

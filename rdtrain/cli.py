@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .data.commands import add_shard, join_action
+from .data.tokenizer_commands import add_tokenizer
 from .errors import UserError, user_errors_as_exit
 from .plan.command import add_plan
 
@@ -89,24 +90,7 @@ def _corpus(arguments) -> None:
 
 
 def _add_tokenizer(verbs) -> None:
-    actions = verbs.add_parser("tokenizer", help="train a tokenizer", description="SentencePiece tokenizers.").add_subparsers(
-        title="actions", metavar="ACTION", required=True
-    )
-    parser = _verb(
-        actions, "train", _tokenizer_train, "train a SentencePiece BPE tokenizer with byte fallback",
-        "Any text round-trips exactly through the result: unknown characters become bytes, spaces and newlines are kept.",
-    )
-    parser.add_argument("inputs", type=Path, nargs="+", help="text files or folders, of any kind that `rdtrain corpus --text` reads")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="number of tokens")
-    _add_overwrite(parser)
-
-
-def _tokenizer_train(arguments) -> None:
-    from .data.tokenizer_training import train_tokenizer
-
-    tokenizer = train_tokenizer(arguments.inputs, arguments.output, arguments.vocab_size, overwrite=arguments.overwrite)
-    print(f"{arguments.output}: {tokenizer.vocab_size} tokens, hash {tokenizer.hash[:12]}")
+    add_tokenizer(verbs, _verb)
 
 
 def _add_shard(verbs) -> None:
@@ -414,7 +398,7 @@ def _add_export(verbs) -> None:
     parser = _verb(
         verbs, "export", _export, "turn a checkpoint into a folder that generates text on its own",
         "The folder holds safetensors weights, config, tokenizer and the model's own source files; it needs torch, safetensors and "
-        "sentencepiece, and nothing of rdtrain. transformers 5 loads it too (trust_remote_code=True).",
+        "the tokenizer's library, and nothing of rdtrain. transformers 5 loads it too (trust_remote_code=True).",
     )
     parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")

@@ -4,8 +4,8 @@
       config.json              model, noise levels, information curve, dtype, tokenizer hash, training facts
       generation_config.json   what transformers' `generate` does where it is told nothing else
       model.safetensors        the weights, or several files and an index
-      tokenizer.model          the tokenizer
-      tokenizer_config.json    where transformers finds its class
+      tokenizer.model          the tokenizer, or tokenizer.json
+      tokenizer_config.json    where transformers finds its class, or which its marks are
       *.py                     rdtrain/model, byte for byte: `python OUTPUT --prompt TEXT` runs it, and transformers 5 loads it
       README.md                what it is and how it was trained
 
@@ -29,7 +29,7 @@ from .data.output import output_folder
 from .errors import UserError
 from .model import generation, recurrent
 from .model.noise import NoiseSchedule
-from .model.tokenizer import Tokenizer
+from .model.tokenizer import Tokenizer, tokenizer_file
 from .model.weights import write_weights
 from .objectives import Objective, ObjectiveSettings, build_objective
 from .randomness import SampleRandom
@@ -51,8 +51,8 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
     load_weights(source, model.to(dtype))
     config = exported_config(state)
     with output_folder(output, "config.json", overwrite) as folder:
-        write_folder(folder, config, model, source / "tokenizer.model", shard_bytes)
-        (folder / "README.md").write_text(_model_card(config, state))
+        write_folder(folder, config, model, tokenizer_file(source), shard_bytes)
+        (folder / "README.md").write_text(_model_card(config, state, tokenizer_file(folder)))
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
         _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
@@ -61,11 +61,14 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
 
 
 def write_folder(folder: Path, config: dict, model: recurrent.RecurrentDepthLM, tokenizer: Path, shard_bytes: float = SHARD_BYTES) -> None:
-    """Write into an empty folder what a model needs to be loaded from there; config as `exported_config` gives it."""
+    """Write into an empty folder what a model needs to be loaded from there.
+
+    config: as `exported_config` gives it. tokenizer: its file, by the name that it has in checkpoints.
+    """
     for file in sorted(MODEL_FILES.glob("*.py")):
         shutil.copyfile(file, folder / file.name)
     write_weights(model.state_dict(), folder, shard_bytes)
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    shutil.copyfile(tokenizer, folder / tokenizer.name)
     for name, content in {"config.json": config, **_transformers_files(Tokenizer(folder))}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -77,7 +80,11 @@ def newest_checkpoint(source: Path) -> Path:
         if not steps:
             raise UserError(f"{source} holds no checkpoint: give a run folder that has trained, or one of its checkpoints/step-* folders")
         source = checkpoint_folder(source, steps[-1])
-    refuse_damaged(source, ["state.json", "model.safetensors", "tokenizer.model"])
+    try:
+        tokenizer = tokenizer_file(source).name
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"checkpoint {source} is damaged ({error}): use another checkpoint") from None
+    refuse_damaged(source, ["state.json", "model.safetensors", tokenizer])
     return source
 
 
@@ -106,13 +113,24 @@ def exported_config(state: dict) -> dict:
 def _transformers_files(tokenizer: Tokenizer) -> dict[str, dict]:
     """The other files that transformers reads: name -> content."""
     marks = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-    return {
-        "generation_config.json": {**marks, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
-        "tokenizer_config.json": {
+    never = list(range(tokenizer.vocab_size - tokenizer.unused_tokens, tokenizer.vocab_size))
+    generation_config = {**marks, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if tokenizer.file_name == "tokenizer.model":
+        kind = {
             "tokenizer_class": "RecurrentDepthTokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_rdtrain.RecurrentDepthTokenizer", None]},
-            "tokenizer_hash": tokenizer.hash,
-        },
+        }
+    else:  # transformers' own class, told to behave as ours does
+        name = tokenizer.backend.name
+        kind = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": name(tokenizer.bos_id), "eos_token": name(tokenizer.eos_id), "pad_token": name(tokenizer.eos_id),
+            "extra_special_tokens": list(tokenizer.special_tokens), "split_special_tokens": True, "padding_side": "left",
+            "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+        }
+    return {
+        "generation_config.json": generation_config | ({"suppress_tokens": never} if never else {}),
+        "tokenizer_config.json": kind | {"tokenizer_hash": tokenizer.hash},
     }
 
 
@@ -171,7 +189,8 @@ def load_exported(folder: Path):
     return importlib.import_module(f"{name}.generation")
 
 
-def _model_card(config: dict, state: dict) -> str:
+def _model_card(config: dict, state: dict, tokenizer: Path) -> str:
+    library = "tokenizers" if tokenizer.suffix == ".json" else "sentencepiece"
     model, objective = config["model"], config["objective"]
     if objective["name"] == "diffusion_blocks":
         trained = "Each iteration was trained on its own as a denoising block, in a single pass (DiffusionBlocks, arXiv 2506.14202)."
@@ -195,7 +214,7 @@ Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} toke
 
     python FOLDER --prompt "Once" --max-new-tokens 100 --iterations {model['iterations']}
 
-needs torch, safetensors and sentencepiece; `python FOLDER --help` lists the settings. With transformers 5:
+needs torch, safetensors and {library}; `python FOLDER --help` lists the settings. With transformers 5:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

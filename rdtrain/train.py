@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Plan:
     model: ModelConfig
     loader: Loader | MixtureLoader | DocumentRows
     evaluator: Evaluator
-    tokenizer: bytes
+    tokenizer: dict[str, bytes]
     tokenizer_hash: str
     accumulation: int
     tokens_per_step: int
@@ -62,6 +62,7 @@ class Plan:
         shards = loader.reader
         validation = ShardReader(config.data.validation, tokenizer_hash=shards.manifest["tokenizer_hash"])
         objective, model = objective_and_model(config, world, shards.vocab_size, shards.manifest["bos_id"])
+        model = replace(model, unused_tokens=shards.manifest.get("unused_tokens", 0))
         if config.checkpoint.start_from:
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         if isinstance(loader, DocumentRows):
@@ -76,7 +77,7 @@ class Plan:
                 validation, length, config.evaluation, config.batch.micro_sequences, world,
                 ranks=world.size // config.engine.groups(config.model.blocks), rows=config.data.rows,
             ),
-            tokenizer=shards.read_file("tokenizer.model"),
+            tokenizer={shards.tokenizer_name: shards.read_file(shards.tokenizer_name)},
             tokenizer_hash=shards.manifest["tokenizer_hash"],
             accumulation=config.batch.accumulation(world.size),
             tokens_per_step=round(positions_per_step * objective.filled),

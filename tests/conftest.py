@@ -82,6 +82,22 @@ def tokenizer(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> To
 
 
 @pytest.fixture(scope="session")
+def byte_level_folder(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `save_pretrained` of Hugging Face's library writes it, with a tokenizer of GPT-2's kind of 700 pieces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<|begin|>", "<|end|>", "<|user|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    folder = tmp_path_factory.mktemp("byte-level") / "theirs"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shards(text_folder: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train and validation shards of the texts."""
     folder = tmp_path_factory.mktemp("shards")

@@ -1,24 +1,27 @@
 """Checkpoints: whole or absent, few enough, never loaded into another model, and a damaged one is passed over for the one before."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rdtrain.checkpoint import Checkpointer, CheckpointSettings
+from rdtrain.checkpoint import Checkpointer, CheckpointSettings, refuse_other_model
 from rdtrain.checkpoint_storage import checkpoint_folder, checkpoint_steps
 from rdtrain.config import load_config
 from rdtrain.distributed import World
 from rdtrain.errors import UserError
 from rdtrain.export import export
 from rdtrain.metrics import read_metrics
+from rdtrain.model.recurrent import ModelConfig
 from rdtrain.train import train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -40,7 +43,8 @@ def checkpointer(tmp_path):
     engine = SimpleNamespace(snapshot=lambda: {"weight/w": torch.ones(9)}, weights=lambda: {"w": torch.ones(9)})
 
     def make(**settings) -> SimpleNamespace:
-        made = Checkpointer(tmp_path / "run", CheckpointSettings(interval=1, **settings), tmp_path / "tokenizer", ALONE)
+        tokenizer = {"tokenizer.model": tmp_path / "tokenizer"}
+        made = Checkpointer(tmp_path / "run", CheckpointSettings(interval=1, **settings), tokenizer, ALONE)
         newest = made.newest_whole()
         return SimpleNamespace(
             newest=newest, after_step=made.after_step, context=made,
@@ -80,6 +84,16 @@ def test_a_run_whose_checkpoint_cannot_be_written_says_so_and_continues_later(ti
     assert train(config) == 0
     assert checkpoint_steps(tmp_path / "run") == [4, 8]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000008\n"
+
+
+def test_what_an_older_checkpoint_does_not_name_was_as_it_is_by_default(tmp_path):
+    names = ("step", "seconds", "noise", "objective", "objective_state", "precision", "ranks")
+    model = asdict(ModelConfig(vocab_size=8))
+    del model["unused_tokens"]
+    (tmp_path / "state.json").write_text(json.dumps({**dict.fromkeys(names), "model": model, "tokenizer_hash": "a"}))
+    refuse_other_model(tmp_path, ModelConfig(vocab_size=8), "a")
+    with pytest.raises(UserError, match="unused_tokens is 0 there and 2 here"):
+        refuse_other_model(tmp_path, ModelConfig(vocab_size=8, unused_tokens=2), "a")
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -12,7 +12,9 @@ from rdtrain.data.tokenizer_training import train_tokenizer
 def test_text_to_shards_by_the_commands_alone(rdtrain, text_folder, tmp_path):
     steps = (
         ("corpus", tmp_path / "corpus", "--text", text_folder, "--validation-fraction", 0.1),
-        ("tokenizer", "train", tmp_path / "corpus/train.jsonl", "--output", tmp_path / "tokenizer", "--vocab-size", 700),
+        ("tokenizer", "train", tmp_path / "corpus/train.jsonl", "--output", tmp_path / "trained", "--vocab-size", 700, "--model", "unigram",
+         "--special-tokens", "<|user|>"),
+        ("tokenizer", "import", tmp_path / "trained", tmp_path / "tokenizer", "--multiple-of", 64),
         ("shard", tmp_path / "corpus/train.jsonl", "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "train"),
         ("shard", tmp_path / "corpus/validation.jsonl", "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "validation"),
     )
@@ -20,12 +22,12 @@ def test_text_to_shards_by_the_commands_alone(rdtrain, text_folder, tmp_path):
         result = rdtrain(*step)
         assert result.returncode == 0, result.stderr
     manifest = json.loads((tmp_path / "train/manifest.json").read_text())
-    assert manifest["vocab_size"] == 700 and manifest["tokens"] > 50_000
+    assert (manifest["vocab_size"], manifest["unused_tokens"]) == (704, 4) and manifest["tokens"] > 50_000
 
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "corpus", "tokenizer train", "shard", "shard inspect", "train", "checkpoint verify", "compare", "evaluate", "export", "generate"],
+    ["", "corpus", "tokenizer import", "shard", "shard inspect", "train", "checkpoint verify", "compare", "evaluate", "export", "generate"],
 )
 def test_every_verb_explains_itself(rdtrain, verb):
     result = rdtrain(*verb.split(), "--help")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
+from .tokenizer_commands import load_tokenizer
 
 ACTIONS = ("verify", "inspect", "copy", "merge", "benchmark", "read-benchmark")
 
@@ -37,7 +38,7 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--config", type=Path, help="instead of inputs: YAML file of named sources, also data sets of Hugging Face (docs/data.md)"
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train` or `import`, or its file")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--column", default="text", help="the text column of JSONL and Parquet")
     parser.add_argument(
@@ -86,7 +87,7 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         "Makes text of each size, shards it with each number of workers, and prints the speed beside that of the tokenizer alone in as "
         "many processes, and the peak memory.",
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train`, or a .model file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train` or `import`, or its file")
     parser.add_argument("--output", type=Path, required=True, help="folder to work in; what is made there is deleted again")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the input")
     parser.add_argument("--workers", type=int, nargs="+", default=[_cores()], help="processes; of each number a row")
@@ -123,7 +124,7 @@ def _shard(arguments) -> None:
         raise UserError("rdtrain shard needs either inputs or --config: give one of the two")
     inputs = arguments.inputs or load_sources(arguments.config)
     manifest = write_shards(
-        inputs, _load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite, column=arguments.column,
+        inputs, load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite, column=arguments.column,
         workers=arguments.workers, validation_share=arguments.validation_share, part=arguments.part,
     )
     if arguments.part is None:
@@ -180,19 +181,10 @@ def _copy(arguments) -> None:
 def _benchmark(arguments) -> None:
     from .sharding_benchmark import benchmark
 
-    print(benchmark(_load_tokenizer(arguments.tokenizer), arguments.output, arguments.megabytes, arguments.workers))
+    print(benchmark(load_tokenizer(arguments.tokenizer), arguments.output, arguments.megabytes, arguments.workers))
 
 
 def _read_benchmark(arguments) -> None:
     from .reading_benchmark import read_benchmark
 
     print(read_benchmark(arguments.folder, arguments.output, arguments.sequence_length, arguments.batch, arguments.seconds))
-
-
-def _load_tokenizer(path: Path):
-    from ..model.tokenizer import Tokenizer
-
-    try:
-        return Tokenizer(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{error}: train one with `rdtrain tokenizer train`") from None

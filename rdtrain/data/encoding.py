@@ -5,8 +5,9 @@
     NUMBER.json       counts, and where the first document that could not be read stands; written last, so that it means that all is done
 
 Notable: a document is encoded in segments, so that memory depends neither on the length of a document nor on that of a line. Segments
-end after a line end or before a space where there is one, where no piece of SentencePiece's reaches across: the tokens are those of
-the whole text. Only in a stretch of 262,144 characters without either do they differ, and the text that they stand for does not.
+end after a line end or before a space that stands between words, where no piece of SentencePiece's and none of GPT-2's, Llama 3's or
+Qwen's reaches across: the tokens are those of the whole text. Only in a stretch of a thousand characters without such a place may they
+differ, and the text that they stand for does not.
 """
 
 import functools
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +32,8 @@ from .reading import End, Piece, Rejected, Unit, read_unit
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
 SEGMENT_CHARACTERS = 1 << 18
 BATCH_CHARACTERS = 1 << 20  # text that is encoded at a time
+BOUNDARY_CHARACTERS = 1000  # at the end of a segment, in which a place between words is looked for
+BETWEEN_WORDS = re.compile(r"\w(?:\n(?=\w)|(?= \w))")
 
 
 def unit_file(folder: Path, number: int, ending: str) -> Path:
@@ -97,6 +101,11 @@ def segments(text: str) -> Iterator[str]:
 
 def _boundary(text: str, start: int, stop: int) -> int:
     """The last place of start + 1 .. stop that no piece reaches across, or `stop` when there is none."""
+    last = None
+    for last in BETWEEN_WORDS.finditer(text, max(start, stop - BOUNDARY_CHARACTERS), stop):  # noqa: B007  # the last one is wanted
+        pass
+    if last is not None:
+        return last.end()
     if line_end := text.rfind("\n", start, stop) + 1:
         return line_end
     space = text.rfind(" ", start, stop)

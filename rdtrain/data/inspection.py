@@ -94,7 +94,8 @@ def _text(reader: ShardReader, start: int, stop: int) -> str:
         reader.copy_tokenizer(Path(folder))
         tokenizer = Tokenizer(folder)
     tokens = reader.read(start, stop)
-    marks = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>\n"}
+    name = tokenizer.backend.name
+    marks = {tokenizer.bos_id: name(tokenizer.bos_id), tokenizer.eos_id: name(tokenizer.eos_id) + "\n"}
     pieces, first = [], 0
     for place in [*np.flatnonzero(np.isin(tokens, list(marks))).tolist(), len(tokens)]:
         pieces.append(tokenizer.decode(tokens[first:place].tolist()))

@@ -82,7 +82,7 @@ def write_shards(inputs: list[Path] | list[NamedSource], tokenizer: Tokenizer, o
             else:
                 for file in folder.rglob("*.*.*"):
                     file.unlink()  # of workers that were killed
-                shutil.copyfile(tokenizer.file, work / "result" / "tokenizer.model")
+                shutil.copyfile(tokenizer.file, work / "result" / tokenizer.file_name)
                 facts = {"settings": settings, "settings_sha256": _settings_hash(settings), "units": count}
                 (work / "result" / "part.json").write_text(json.dumps(facts, indent=2) + "\n")
             complete(work)
@@ -105,10 +105,12 @@ def merge_parts(parts: list[Path], output: Path, overwrite: bool = False, worker
     folders = {other["settings"]["part"][0]: folder for folder, other in zip(parts, facts)}
     if missing := [number for number in range(1, count + 1) if number not in folders]:
         raise UserError(f"of {count} parts, number {missing[0]} is not given; give all of them")
-    model = folders[1] / "tokenizer.model"
-    if not model.is_file() or file_facts(model)["sha256"] != settings["tokenizer"]:
-        raise UserError(f"{model} is missing or damaged; copy it from another part")
-    tokenizer = Tokenizer(model)
+    try:
+        tokenizer = Tokenizer(folders[1])
+    except (FileNotFoundError, ValueError):
+        tokenizer = None
+    if tokenizer is None or tokenizer.hash != settings["tokenizer"]:
+        raise UserError(f"the tokenizer in {folders[1]} is missing or damaged; copy it from another part")
     units = tuple((folders[number] / "units").absolute() for number in range(1, count + 1))
 
     def written() -> bool:
@@ -251,11 +253,11 @@ def _first_reason(left_out: list[dict]) -> str:
 def _write_manifest(layout: Layout, side: str, settings: dict, tokenizer: Tokenizer, starts: dict, first_units: np.ndarray,
                     left_out: list[dict]) -> None:
     folder = layout.work / "result" / side
-    shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
+    shutil.copyfile(tokenizer.file, folder / tokenizer.file_name)
     tokens, documents, text_bytes = (starts[f"{side} {name}"] for name in ("tokens", "documents", "bytes"))
     tasks = shard_tasks(layout, side, int(tokens[-1]), int(documents[-1]))
     files = {f"arrays.zarr/{task.array}/c/{task.number}": json.loads(shard_state(layout, task).read_text()) for task in tasks}
-    for name in ("arrays.zarr/zarr.json", "arrays.zarr/tokens/zarr.json", "arrays.zarr/documents/zarr.json", "tokenizer.model"):
+    for name in ("arrays.zarr/zarr.json", "arrays.zarr/tokens/zarr.json", "arrays.zarr/documents/zarr.json", tokenizer.file_name):
         files[name] = file_facts(folder / name)
     for file in folder.rglob("*"):
         if file.is_file() and file.relative_to(folder).as_posix() not in files:
@@ -269,7 +271,8 @@ def _write_manifest(layout: Layout, side: str, settings: dict, tokenizer: Tokeni
     seal_manifest(folder / MANIFEST, {
         "format_version": FORMAT_VERSION, "dtype": layout.dtype, "tokens": int(tokens[-1]), "documents": int(documents[-1]),
         "text_bytes": int(text_bytes[-1]), "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "chunk_tokens": layout.chunk, "shard_tokens": layout.shard,
+        "unused_tokens": tokenizer.unused_tokens, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id,
+        "chunk_tokens": layout.chunk, "shard_tokens": layout.shard,
         "side": "all" if side == "." else side, "validation_share": settings["validation_share"],
         "settings_sha256": _settings_hash({**settings, "part": None}), "sources": sources, "files": files})
 

@@ -1,7 +1,7 @@
 """Token shards: documents as numbers in a compressed, checksummed zarr 3 store that any zarr library can read.
 
     manifest.json      counts, tokenizer, checksums: docs/data.md has all of it
-    tokenizer.model    the tokenizer that wrote the shards
+    tokenizer.model    the tokenizer that wrote the shards, or tokenizer.json
     arrays.zarr/       a zarr group with two 1-D arrays
         tokens         uint16, or uint32 for more than 65,536 pieces: `<s> ids </s>` of each document, one after the other
         documents      int64: where each document starts in `tokens`, and at the end the number of tokens
@@ -24,6 +24,7 @@ import zarr
 from tqdm import tqdm
 
 from ..errors import UserError, first_line
+from ..model.tokenizer import TOKENIZER_FILES
 from .chunks import ChunkedArray
 from .output import content_facts
 from .storage import MISSING, TRAINING_TRIES, ZarrFiles, open_files
@@ -50,7 +51,7 @@ def shard_folders(location: str | Path) -> list[str]:
 
     Raises the UserErrors of `open_files`.
     """
-    traces = {side: [f"{side}{name}" for name in (MANIFEST, "tokenizer.model", f"{ARRAYS}/zarr.json")] for side in SIDES}
+    traces = {side: [f"{side}{name}" for name in (MANIFEST, *TOKENIZER_FILES, f"{ARRAYS}/zarr.json")] for side in SIDES}
     sizes = open_files(location).sizes([MANIFEST, *(name for names in traces.values() for name in names)])
     sides = [side for side, names in traces.items() if any(sizes[name] is not None for name in names)]
     return [f"{str(location).rstrip('/')}/{side.rstrip('/')}" for side in sides] if sides and sizes[MANIFEST] is None else [str(location)]
@@ -76,7 +77,7 @@ class ShardReader:
         self.manifest_content, self.manifest = self._read_manifest()
         if tokenizer_hash is not None and tokenizer_hash != self.manifest["tokenizer_hash"]:
             raise UserError(f"{self.path} was written with tokenizer {self.manifest['tokenizer_hash'][:12]}, not with "
-                            f"{tokenizer_hash[:12]}; use the tokenizer.model in that folder or write the shards again")
+                            f"{tokenizer_hash[:12]}; use the tokenizer in that folder or write the shards again")
         if open_arrays:
             for name, size in self._files.sizes(self.manifest["files"]).items():
                 self._refuse(self._wrong_size(name, size) or name.endswith("zarr.json") and self._fault(name))
@@ -91,6 +92,11 @@ class ShardReader:
                 ChunkedArray(zarr.open_array(store, path=name, mode="r", zarr_format=3), read, f"{ARRAYS}/", sizes)
                 for name in ("tokens", "documents")
             )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name of the tokenizer's file among the shards' files."""
+        return next(name for name in TOKENIZER_FILES if name in self.manifest["files"])
 
     def __len__(self) -> int:
         return self.manifest["tokens"]

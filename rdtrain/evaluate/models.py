@@ -15,7 +15,7 @@ from ..export import exported_config, newest_checkpoint
 from ..model.generation import TextGenerator
 from ..model.noise import NoiseSettings
 from ..model.recurrent import ModelConfig
-from ..model.tokenizer import Tokenizer
+from ..model.tokenizer import TOKENIZER_FILES, Tokenizer
 from ..objectives import Objective, ObjectiveSettings, build_objective
 
 
@@ -23,7 +23,7 @@ from ..objectives import Objective, ObjectiveSettings, build_objective
 class Source:
     """A trained model on disk.
 
-    name: what reports call it. folder: holds the weights and tokenizer.model. config: what its config.json says, or would
+    name: what reports call it. folder: holds the weights and the tokenizer. config: what its config.json says, or would
     say if it were exported.
     """
 
@@ -55,11 +55,11 @@ class Source:
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer. UserError when it is missing, damaged, or another one."""
         try:
-            tokenizer = Tokenizer(self.folder / "tokenizer.model")
+            tokenizer = Tokenizer(self.folder)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{self.folder} has lost its tokenizer ({error}): copy it there from the shards' folder") from None
         if tokenizer.hash != self.config["tokenizer_hash"]:
-            raise UserError(f"the tokenizer.model in {self.folder} is not the one that the model was trained with: restore that one")
+            raise UserError(f"the {tokenizer.file_name} in {self.folder} is not the one that the model was trained with: restore that one")
         return tokenizer
 
     def load(self, device: str | None) -> TextGenerator:
@@ -68,7 +68,8 @@ class Source:
             # A checkpoint is an export but for its config.json, so it is shown to the loader as one.
             view = Path(temporary)
             (view / "config.json").write_text(json.dumps(self.config))
-            for file in (*self.folder.glob("model*.safetensors*"), self.folder / "tokenizer.model"):
+            tokenizers = (file for name in TOKENIZER_FILES for file in self.folder.glob(name))
+            for file in (*self.folder.glob("model*.safetensors*"), *tokenizers):
                 (view / file.name).symlink_to(file.resolve())
             try:
                 return TextGenerator.load(view, device)

@@ -139,7 +139,7 @@ class RecurrentModel(ReferenceModel):
         generator = source.load(str(device))
         self.name, self.device = source.name, device
         self._model, self._tokenizer, self._objective = generator.model, generator.tokenizer, source.objective()
-        self._bytes = _bytes_of_tokens(self._tokenizer)
+        self._bytes = [self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocab_size)]
 
     def encode(self, passage: Passage) -> tuple[list[int], list[bool]]:
         if passage.tokenizer_hash == self._tokenizer.hash:
@@ -175,13 +175,6 @@ def _with_whole_offsets(tokenizer):
     copy.no_truncation()
     copy.no_padding()
     return copy
-
-
-def _bytes_of_tokens(tokenizer) -> list[int]:
-    """How many bytes of text each token stands for; a byte that is no character alone decodes to U+FFFD."""
-    whole = tokenizer.encode("\ufffd")
-    texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
-    return [1 if text == "\ufffd" and [token] != whole else len(text.encode()) for token, text in enumerate(texts)]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Generate text with an exported model: `python FOLDER --prompt "Once"`. Needs torch, safetensors and sentencepiece only."""
+"""Generate text with an exported model: `python FOLDER --prompt "Once"`. Needs torch, safetensors and the tokenizer's library only."""
 
 import argparse
 import sys

@@ -14,6 +14,7 @@ constructor. Nothing here waits for the device, but for `exit`, which must ask i
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .adaptive import Exits
@@ -44,6 +45,7 @@ class Chain:
         self._model, self.iterations, self._sampling, self._cache, self._random = model, iterations, sampling, cache, random
         self._ids: Tensor | None = None  # without a cache: all tokens so far
         self._length = 0
+        self._used = model.config.vocab_size - model.config.unused_tokens
         self._shapes_priors, self.shapes_last = False, True
         self.random = self.iterations_used = None
         self.observe: Callable[[Tensor, Tensor | None], None] | None = None
@@ -61,8 +63,14 @@ class Chain:
         raise NotImplementedError
 
     def draw(self, logits: Tensor) -> Tensor:
-        """Tokens [B] from what the last call gave."""
-        return self._sampling.draw(logits, self.random, self._shapes_priors)
+        """Tokens [B] from what the last call gave; never one of the model's unused tokens."""
+        return self._sampling.draw(logits[..., : self._used], self.random, self._shapes_priors)
+
+    def _shape(self, logits: Tensor) -> Tensor:
+        """The sampling's `shape` of all tokens but the unused ones, which get -inf."""
+        shaped = self._sampling.shape(logits[..., : self._used])
+        unused = logits.shape[-1] - self._used
+        return F.pad(shaped, (0, unused), value=-torch.inf) if unused else shaped
 
     def _begin(self, ids: Tensor):
         """The random numbers of the new positions."""
@@ -166,7 +174,7 @@ class DenoisingChain(Chain):
     def _logits(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool, shaped: bool) -> Tensor:
         from_core = self._sampling.chain_readout == "core" and not last
         read = self._model.readout_from_core if from_core else self._model.head
-        return read(hidden, evidence, self._inverse_lengths, self._sampling.shape if shaped else None)
+        return read(hidden, evidence, self._inverse_lengths, self._shape if shaped else None)
 
     def _final(self, state: Tensor, evidence: Tensor | None, logits: Tensor, rows: Tensor, which: Tensor, k: int, last: bool) -> Tensor:
         """Logits [L, V] of the rows that leave: those of the coda, which has not run yet where the chain is read from the core."""

@@ -71,7 +71,8 @@ class RecurrentDepthConfig(PretrainedConfig):
 
     @vocab_size.setter
     def vocab_size(self, size: int) -> None:
-        self.model["vocab_size"] = size
+        if size != self.model["vocab_size"]:  # new rows stand behind the unused ones, which are no longer the last
+            self.model |= {"vocab_size": size, "unused_tokens": 0}
 
     @property
     def hidden_size(self) -> int:

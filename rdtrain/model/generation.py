@@ -43,7 +43,7 @@ class TextGenerator:
 
     @classmethod
     def load(cls, folder: Path, device: str | None = None) -> "TextGenerator":
-        """Read config.json, the weights and tokenizer.model onto a device (CUDA where there is one).
+        """Read config.json, the weights and the tokenizer onto a device (CUDA where there is one).
 
         ValueError, in one sentence, when a file is missing or damaged or there is no such device.
         """
@@ -61,7 +61,7 @@ class TextGenerator:
         except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{folder} is not a whole exported model ({reason}): export it again") from None
-        tokenizer = Tokenizer(folder / "tokenizer.model")
+        tokenizer = Tokenizer(folder)
         if tokenizer.hash != config["tokenizer_hash"]:
             raise ValueError(f"the tokenizer in {folder} is not the one that the model was trained with: export it again")
         return cls(model.to(device, dtype).requires_grad_(False), noise, tokenizer)

@@ -122,7 +122,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: torch.nn.Embedding) -> None:
         self.model.embedding = value
-        self.model.config.vocab_size = value.num_embeddings
+        if value.num_embeddings != self.model.config.vocab_size:  # new rows stand behind the unused ones
+            self.model.config.vocab_size, self.model.config.unused_tokens = value.num_embeddings, 0
 
     def get_output_embeddings(self) -> None:
         """None: the head multiplies with the embedding's own weight."""

@@ -85,6 +85,7 @@ class ModelConfig(ModelSettings):
     """A model in full: the settings, and what follows from the tokenizer and the objective.
 
     vocab_size: rows of the embedding.
+    unused_tokens: how many of them, at the end, only make their number a round one: no text has these tokens, and none is drawn.
     noise_conditioning: whether core and coda layers take a noise level.
     posterior_readout: whether the logits of a denoising model are those of a prior, to which the evidence of its state is added.
     wiener_input: whether the core of a denoising model takes its state as the Wiener estimate of the target, or at unit variance.
@@ -96,6 +97,7 @@ class ModelConfig(ModelSettings):
     """
 
     vocab_size: int = 0
+    unused_tokens: int = 0
     noise_conditioning: bool = False
     posterior_readout: bool = False
     wiener_input: bool = False
@@ -108,6 +110,8 @@ class ModelConfig(ModelSettings):
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, and it is {self.vocab_size}")
+        if not 0 <= self.unused_tokens < self.vocab_size:
+            raise ValueError(f"unused_tokens must be at least 0 and below vocab_size={self.vocab_size}, and it is {self.unused_tokens}")
         if self.initial_state not in ("normal", "zero"):
             raise ValueError(f"initial_state must be normal or zero, and it is {self.initial_state}")
 

@@ -1,8 +1,9 @@
-"""The tokenizer of an exported model for Hugging Face transformers: tokenizer.py behind transformers' interface.
+"""A SentencePiece tokenizer of an exported model for Hugging Face transformers: tokenizer.py behind transformers' interface.
 
 `AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)` loads it. Its ids and its text are those of `Tokenizer`, whatever the
 text. It is of transformers' slow kind, whose work SentencePiece does, because the `tokenizers` library decodes bytes otherwise: of
-several in a row of which some are no UTF-8 it shows none, where SentencePiece shows those that are.
+several in a row of which some are no UTF-8 it shows none, where SentencePiece shows those that are. A byte-level tokenizer needs no class
+of ours: transformers reads tokenizer.json.
 """
 
 import shutil
@@ -21,8 +22,8 @@ from .tokenizer import Tokenizer
 class RecurrentDepthTokenizer(PreTrainedTokenizer):
     """A text becomes the mark of its beginning and its pieces, as `Tokenizer.encode(text, bos=True)` has it.
 
-    There is no unknown token, as every byte has a piece. Marks come from the model alone: `<s>` and `</s>` in a text are text, unless
-    `split_special_tokens=False` is asked for. Padding is on the left, with the mark of an end, for generation.
+    There is no unknown token, as every byte has a piece. Marks come from the model alone: `<s>`, `</s>` and the names of special tokens
+    in a text are text, unless `split_special_tokens=False` is asked for. Padding is on the left, with the mark of an end, for generation.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -39,10 +40,11 @@ class RecurrentDepthTokenizer(PreTrainedTokenizer):
         if tokenizer_hash not in (None, self._pieces.hash):
             raise ValueError(f"{vocab_file} is not the tokenizer that the model was trained with: export the model again")
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
-        processor = self._pieces._processor
+        self._processor = self._pieces.backend.processor
         marks = {"bos_token": self._pieces.bos_id, "eos_token": self._pieces.eos_id, "pad_token": self._pieces.eos_id}
         for name, number in marks.items():
-            others.setdefault(name, processor.id_to_piece(number))
+            others.setdefault(name, self._processor.id_to_piece(number))
+        others.setdefault("extra_special_tokens", list(self._pieces.special_tokens))
         others.setdefault("split_special_tokens", True)
         super().__init__(
             vocab_file=vocab_file, add_bos_token=add_bos_token, add_eos_token=add_eos_token, tokenizer_hash=self._pieces.hash, **others
@@ -61,10 +63,10 @@ class RecurrentDepthTokenizer(PreTrainedTokenizer):
         return [self._convert_id_to_token(number) for number in self._pieces.encode(text)]
 
     def _convert_token_to_id(self, token: str) -> int:
-        return self._pieces._processor.piece_to_id(token)
+        return self._processor.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._pieces._processor.id_to_piece(index)
+        return self._processor.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of pieces."""

@@ -83,7 +83,7 @@ def test_parts_merge_into_what_one_run_writes(mixed, tokenizer, tmp_path, fault,
         write_shards([mixed / "f.json"], tokenizer, tmp_path / f"small{number}", part=(number, 2))
     assert merge_parts([tmp_path / "small1", tmp_path / "small2"], tmp_path / "small")["documents"] > 0
     (tmp_path / "small1" / "tokenizer.model").unlink()
-    assert "tokenizer.model is missing" in fault(lambda: merge_parts([tmp_path / "small1", tmp_path / "small2"], tmp_path / "x"))
+    assert "small1 is missing or damaged" in fault(lambda: merge_parts([tmp_path / "small1", tmp_path / "small2"], tmp_path / "x"))
 
 
 def test_the_validation_side_stays_when_data_are_added(documents, tokenizer, tmp_path, lines):

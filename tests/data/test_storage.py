@@ -232,7 +232,7 @@ def test_training_and_its_checkpoints_take_them(place, tiny_config):
     zipped, memory = place("zip"), place("memory")
     config = load_config(tiny_config(data={"train": f"{zipped}/train", "validation": f"{memory}/validation"}), [])
     plan = Plan.make(config, World.from_environment())
-    assert plan.tokenizer == ShardReader(f"{memory}/train").read_file("tokenizer.model")
+    assert plan.tokenizer == {"tokenizer.model": ShardReader(f"{memory}/train").read_file("tokenizer.model")}
     assert plan.loader.batch(range(3)).shape == (3, 17)
 
 

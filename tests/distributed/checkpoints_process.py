@@ -58,7 +58,7 @@ def main() -> None:
     (FOLDER / "tokenizer").write_bytes(b"pieces")
 
     def start() -> tuple[Checkpointer, int | None]:
-        made = Checkpointer(RUN, CheckpointSettings(interval=1, keep=3), FOLDER / "tokenizer", world)
+        made = Checkpointer(RUN, CheckpointSettings(interval=1, keep=3), {"tokenizer.model": FOLDER / "tokenizer"}, world)
         return made, made.newest_whole()
 
     checkpoints, newest = start()

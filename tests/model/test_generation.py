@@ -155,6 +155,14 @@ def test_one_iteration_is_the_same_for_all_solvers(build_model):
     assert not torch.equal(*(tokens(model, 4, sampling=Sampling(solver=solver)) for solver in ("euler", "ancestral")))
 
 
+@pytest.mark.parametrize("kind", [{}, {"noise_conditioning": True}, {"noise_conditioning": True, "posterior_readout": True}])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, {"top_k": 1, "solver": "ancestral"}])
+def test_unused_tokens_are_never_drawn(build_model, kind, sampling):
+    sampling = Sampling(**sampling) if kind else Sampling(**{**sampling, "solver": "euler"})
+    all_used, few_used = (tokens(build_model(**kind, unused_tokens=unused), 3, sampling=sampling, length=6) for unused in (0, 46))
+    assert all_used.max() > 3 and few_used.max() <= 3 and len(few_used.unique()) > 1
+
+
 def test_an_empty_prompt_and_no_iterations_are_refused(build_model):
     model = build_model(noise_conditioning=True)
     with pytest.raises(ValueError, match="prompt"):
