@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_an_error_comes_up_where_its_item_would_have_and_closing_ends_the_thread
 
 @pytest.mark.parametrize("name", ["tokens", "documents"])
 def test_chunks_are_read_as_zarr_reads_them(reader, name):
-    array = zarr.open_group(reader.path / "arrays.zarr", mode="r")[name]
+    array = zarr.open_group(Path(reader.path) / "arrays.zarr", mode="r")[name]
     read = {"tokens": reader.read, "documents": reader.document_starts}[name]
     places = np.random.default_rng(0).integers(0, array.shape[0] + 1, (30, 2))
     for start, stop in [(0, array.shape[0]), (5, 5), *np.sort(places).tolist()]:
@@ -184,6 +185,6 @@ def test_a_buffer_is_read_while_the_one_before_it_is_in_use(text_folder, tokeniz
 
 
 def test_the_benchmark_of_reading(reader, tmp_path, fault):
-    table = read_benchmark(reader.path, tmp_path / "work", 50, 4, 0.01)
+    table = read_benchmark(Path(reader.path), tmp_path / "work", 50, 4, 0.01)
     assert "np.memmap" in table and "zarr, a window a read" in table and not (tmp_path / "work").exists()
-    assert "exists already" in fault(lambda: read_benchmark(reader.path, tmp_path, 50, 4, 0.01))
+    assert "exists already" in fault(lambda: read_benchmark(Path(reader.path), tmp_path, 50, 4, 0.01))
