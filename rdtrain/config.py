@@ -51,11 +51,11 @@ class RunSettings:
 class DataSettings:
     """What is read.
 
-    train: a folder written by `rdtrain shard`, or several, each by a name: {web: FOLDER, code: FOLDER}.
+    train: shards of `rdtrain shard`: a folder, a zip file or a URL, or several of these, each by a name: {web: FOLDER, code: URL}.
     mixture: how often each source is drawn, {NAME: weight}; only the ratios matter, and what is not named is not read. A name is that of a
         source in the folder, or of one of several folders, or FOLDER/SOURCE for a source in that. Empty: one folder, as one stream.
     change_mixture: a run that is continued may have other weights and more sources than before, from the step where it goes on.
-    validation: a folder written by `rdtrain shard`.
+    validation: likewise, but one.
     sequence_length: T, predicted tokens of a sequence.
     rows: what a sequence is: `packed`, T + 1 neighbouring tokens, whatever documents they are of, or `documents`, the first T + 1 tokens of
         one document, padded where it is shorter.

@@ -11,10 +11,9 @@ import sys
 import time
 from unittest import mock
 
-import zarr
-
 from rdtrain import train as loop
 from rdtrain.cli import train_main
+from rdtrain.data.chunks import ChunkedArray
 from rdtrain.data.loader import Loader
 from rdtrain.objectives import DiffusionBlocks, Loss
 
@@ -45,7 +44,7 @@ def loss(objective, model, tokens, random):
 
 def batch(loader, indices):
     if mine and kind == "read" and indices[0] // GLOBAL_SEQUENCES == int(fault_step) - 1:
-        with mock.patch.object(zarr.Array, "__getitem__", side_effect=OSError(errno.EIO, os.strerror(errno.EIO))):
+        with mock.patch.object(ChunkedArray, "__getitem__", side_effect=OSError(errno.EIO, os.strerror(errno.EIO))):
             loader.reader.read(0, 1)
     return plain_batch(loader, indices)
 
