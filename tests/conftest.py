@@ -29,6 +29,19 @@ TINY = dict(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, co
 
 
 @pytest.fixture(scope="session")
+def model_code_folder(tmp_path_factory):
+    """Where transformers copies the code of exported models to: one folder for all tests of a process, which imports it as one package."""
+    import transformers
+
+    with pytest.MonkeyPatch.context() as patch:
+        modules = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
+        patch.setattr(sys, "path", [*sys.path, modules])
+        transformers.utils.logging.disable_progress_bar()
+        yield modules
+
+
+@pytest.fixture(scope="session")
 def perturb():
     """Moves the parameters that start at zero or one, and enlarges the small output maps, so that none of them can hide."""
 

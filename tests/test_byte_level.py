@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rdtrain.config import load_config
@@ -23,8 +22,7 @@ from rdtrain.train import train
 TEXT = "The function <|begin|>\n\n  <|user|>\u2581 \U0001f600 e\u0301 <|unused_0|>"
 
 
-def test_from_text_to_text(byte_level_folder, text_folder, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_from_text_to_text(byte_level_folder, text_folder, tiny_config, tmp_path, model_code_folder):
     tokenizer, _ = import_tokenizer(byte_level_folder, tmp_path / "tokenizer", multiple_of=64)
     inputs = [text_folder / "1.txt", text_folder / "3.txt"]
     write_shards(inputs, tokenizer, tmp_path / "shards")

@@ -31,7 +31,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 5, "num_iterations": 3, "eos_tok
 
 
 @pytest.fixture(scope="module")
-def write(build_model, tokenizer, tmp_path_factory):
+def write(build_model, tokenizer, tmp_path_factory, model_code_folder):
     """A factory of exported folders of tiny models; returns (model, folder)."""
 
     def make(denoising: bool = True, shard_bytes: float = 5e9, **changes) -> tuple[RecurrentDepthLM, Path]:
@@ -46,12 +46,7 @@ def write(build_model, tokenizer, tmp_path_factory):
         write_folder(folder, exported_config(state), model, tokenizer.file, shard_bytes)
         return model, folder
 
-    with pytest.MonkeyPatch.context() as patch:  # where transformers copies the code of a model to
-        modules = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
-        patch.setattr(sys, "path", [*sys.path, modules])
-        transformers.utils.logging.disable_progress_bar()
-        yield make
+    return make
 
 
 def load(folder: Path, **settings):
