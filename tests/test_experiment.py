@@ -64,6 +64,9 @@ def test_arms_get_the_same_budget_and_an_experiment_goes_on_where_it_stopped(exp
     assert page.count("data:image/png") >= 3 and "<h2>A step</h2>" in page
     calls.clear()
     assert run_experiment(path, output) == text and calls == ["train"] * 4  # which find that they are complete
+    calls.clear()
+    path = experiment(seeds=[3, 4], evaluate=["--sequences", "6", "--sequence-length", "16", "--skip", "samples"])
+    assert "at most 6 sequences" in run_experiment(path, output) and calls == ["train"] * 4 + ["evaluate"]
 
 
 def test_a_budget_of_seconds_becomes_steps_by_what_a_step_takes(experiment, calls, tmp_path):

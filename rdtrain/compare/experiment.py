@@ -128,6 +128,7 @@ def _measure(arm: str, config: Config, output: Path, experiment: Experiment) -> 
     if not (file.exists() and known.exists() and known.read_text() == text):
         print(f"measuring a step of {arm}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
         write_atomically(known, text)
         device = experiment.devices[:1]
         _call([*RDTRAIN, "bench", str(known), "--output", str(folder)], folder / "bench.log", device[0] if device else None)
@@ -156,7 +157,7 @@ def _train_all(runs: list[Run], experiment: Experiment) -> None:
     command = experiment.launcher or [*RDTRAIN, "train"]
 
     def train(run: Run) -> None:
-        file, log = run.folder.with_suffix(".yaml"), run.folder.with_suffix(".log")
+        file, log = (run.folder.with_name(run.folder.name + ending) for ending in (".yaml", ".log"))
         write_atomically(file, config_to_yaml(run.config))
         device = devices.get()
         try:
@@ -211,12 +212,15 @@ def _step_table(measured: dict[str, dict]) -> str:
 
 
 def _evaluated(runs: list[Run], output: Path, experiment: Experiment) -> str:
-    """`rdtrain evaluate`'s report of the runs, as a part of this one; made where it is not there."""
-    folder = output / "evaluation"
-    if not (folder / "report.md").exists():
+    """`rdtrain evaluate`'s report of the runs, as a part of this one; made where it is not there, or was asked for with other options."""
+    folder, known = output / "evaluation", output / "evaluation.json"
+    words = ["evaluate", *(str(run.folder) for run in runs), "--shards", runs[0].config.data.validation, "--output", str(folder)]
+    words += experiment.evaluate
+    if not (known.exists() and json.loads(known.read_text()) == words):
         print(f"evaluating {', '.join(run.config.run.name for run in runs)}", flush=True)
-        command = [*RDTRAIN, "evaluate", *(str(run.folder) for run in runs), "--shards", runs[0].config.data.validation]
-        _call([*command, "--output", str(folder), *experiment.evaluate], output / "evaluation.log", (experiment.devices or [None])[0])
+        device = (experiment.devices or [None])[0]
+        _call([*RDTRAIN, *words, *(["--overwrite"] if folder.exists() else [])], output / "evaluation.log", device)
+        write_atomically(known, json.dumps(words) + "\n")
     text = (folder / "report.md").read_text().replace("](", "](evaluation/")
     text = "\n".join(f"#{line}" if line.startswith("#") else line for line in text.splitlines())
     return f"\n{text}\n{side_by_side(sorted(folder.glob('samples-*.jsonl')))}"
