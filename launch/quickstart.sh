@@ -84,7 +84,7 @@ cat <<END
 $times
 $output/corpus, tokenizer, shards   the text and its tokens
 $output/blocks, bptt                the two runs: config, metrics.jsonl, checkpoints
-$output/report.md, report.json      the comparison; nll-against-*.png are its plots
+$output/report.md, report.html      the comparison; nll-against-*.png are its plots
 $output/model                       the exported model, which needs nothing of rdtrain
 
 Try next (after: source .venv/bin/activate):
