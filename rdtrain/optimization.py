@@ -57,6 +57,8 @@ class ScheduleSettings:
 
     steps: optimizer steps; or
     training_flops: floating-point operations to spend, from which the steps follow. One of the two must be given.
+    until_nll: end at the first evaluation whose held-out NLL, in nats a token, is at most this, if that comes sooner; the learning rate
+        decays as if it did not, so decay=constant goes well with it.
     warmup_fraction: share of the steps over which the learning rate rises from 0.
     decay: its shape after that.
     final_fraction: learning rate at the end, as a share of the peak.
@@ -64,6 +66,7 @@ class ScheduleSettings:
 
     steps: int | None = None
     training_flops: float | None = None
+    until_nll: float | None = None
     warmup_fraction: float = 0.05
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     final_fraction: float = 0.1

@@ -68,7 +68,9 @@ class WatchedRun:
     @property
     def state(self) -> str:
         """`running`, `complete` or `stopped`."""
-        return "complete" if self.step >= self.facts["total_steps"] else "running" if self.running else "stopped"
+        target = self.facts.get("until_nll")
+        reached = target is not None and any(nll <= target for _, nll in self.values("validation_nll"))
+        return "complete" if reached or self.step >= self.facts["total_steps"] else "running" if self.running else "stopped"
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of each record that has this metric."""

@@ -166,8 +166,9 @@ def _train(config: Config, world: World, watch: Watch) -> int:
         start_processes(config.engine, world)
         checkpoints = Checkpointer(folder, config.checkpoint, plan.tokenizer, world)
         saved = checkpoints.newest_whole()
-        complete = saved is not None and saved >= plan.total_steps
-        if complete and not read_state(checkpoint_folder(folder, saved)).get("unfinished_record"):
+        before = {} if saved is None else read_state(checkpoint_folder(folder, saved))
+        reached = config.schedule.until_nll is not None and before.get("reached_nll")
+        if before and (reached or saved >= plan.total_steps) and not before.get("unfinished_record"):
             if world.is_main:
                 print(f"{folder} is complete at step {saved}; nothing to do")
             return 0
@@ -201,6 +202,7 @@ def _train(config: Config, world: World, watch: Watch) -> int:
             "noise": asdict(config.noise),
             "tokenizer_hash": plan.tokenizer_hash,
             "total_steps": plan.total_steps,
+            "until_nll": config.schedule.until_nll,
             "tokens_per_step": plan.tokens_per_step,
             "training_flops_per_token": plan.flops_per_step / plan.tokens_per_step,
             "ranks": world.size,
@@ -270,27 +272,33 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
         before, asked = asked, agree(world, f"the evaluation of step {step}", step, watch.stop_code)
         return before is not None and before() > 0
 
-    def save(unfinished_record: dict | None) -> None:
+    def reached(record: dict) -> bool:
+        """Whether the run ends with this evaluation."""
+        return schedule.until_nll is not None and record["validation_nll"] <= schedule.until_nll
+
+    def save(unfinished_record: dict | None, ended: bool) -> None:
         watch.work(f"the checkpoint of step {step}")
         beside = {
             "objective_state": plan.objective.state(world), "judge": judge.state(), "mixture": phases,
-            "unfinished_record": unfinished_record,
+            "unfinished_record": unfinished_record, "reached_nll": ended,
         }
         checkpoints.save({"step": step, "seconds": seconds} | facts | beside, engine)
 
+    ended = False
     if state.get("unfinished_record"):
         watch.work(f"the evaluation of step {step}")
         record = state["unfinished_record"] | plan.evaluator(engine)
         logger.log(record)
-        if step == plan.total_steps:
-            save(None)
+        ended = step > 0 and (step == plan.total_steps or reached(record))
+        if ended:
+            save(None, ended)
     batches = read_ahead(
         lambda step: [(share, pinned(plan.loader.batch(share), world.device)) for share in shares(step)], step, plan.total_steps
     )
     sums, logged_step, logged_seconds, waited, due = MetricSums(), step, seconds, 0.0, False
     progress = tqdm(total=plan.total_steps, initial=step, desc=config.run.name, unit="step", disable=not world.is_main, mininterval=1)
     with closing(logger), progress, checkpoints, closing(batches):
-        while step < plan.total_steps:
+        while step < plan.total_steps and not ended:
             started = time.perf_counter()
             watch.work(f"step {step + 1}")
             watch.worth_saving = True
@@ -350,13 +358,15 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                     held_out = None if stop else plan.evaluator(engine, stop_evaluating)
                     unfinished = record if held_out is None else None
                     record |= held_out or {}
+                    last = last or (held_out is not None and reached(record))
                     progress.set_postfix({key: f"{record[key]:.3f}" for key in ("loss", "validation_nll") if record.get(key) is not None})
                     stop = stop or stop_now()
                 if not unfinished:
                     logger.log(record)
             # While steps are being skipped there are no new weights, and older checkpoints must not make room for them.
             if stop or last or (due and not judge.row):
-                save(unfinished)
+                ended = last and not unfinished
+                save(unfinished, ended)
                 due = False
                 stop = stop or stop_now()
             if stop and (unfinished or not last):

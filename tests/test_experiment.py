@@ -26,7 +26,7 @@ def experiment(tiny_config, tmp_path):
     def write(**changes) -> Path:
         tree = {"config": tiny_config().name, "arms": ARMS, "budget": {"training_flops": 1e9}} | changes
         path = tmp_path / "experiment.yaml"
-        path.write_text(yaml.safe_dump(tree))
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
         return path
 
     return write
@@ -75,6 +75,16 @@ def test_a_budget_of_seconds_becomes_steps_by_what_a_step_takes(experiment, call
         (measured,) = json.loads((tmp_path / f"output/bench/{name}/bench.json").read_text())["measurements"]
         steps = json.loads((tmp_path / f"output/{name}/run.json").read_text())["total_steps"]
         assert steps == max(1, int(0.5 / measured["step_seconds"]["typical"]))
+
+
+def test_arms_that_are_trained_to_an_nll_end_there_and_are_compared_there(experiment, calls, tmp_path):
+    text = run_experiment(experiment(budget={"training_flops": 1e10, "validation_nll": 6.3}), tmp_path / "output")
+    records = [read_metrics(tmp_path / f"output/{name}/metrics.jsonl") for name in ("denoising-blocks", "bptt")]
+    for run in records:
+        nlls = [record["validation_nll"] for record in run if "validation_nll" in record]
+        assert nlls[-1] <= 6.3 < min(nlls[:-1]) and run[-1]["training_flops"] < 9e9
+    blocks, bptt = (run[-1] for run in records)
+    assert f"{blocks['training_flops'] / bptt['training_flops']:.3f} of the training FLOPs to the 6.3000 that BPTT has" in text
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/experiments").glob("*.yaml")), ids=lambda path: path.stem)

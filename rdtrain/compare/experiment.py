@@ -5,7 +5,7 @@
       denoising blocks: []
       truncated BPTT: [objective.name=bptt, optimizer.learning_rate=4e-3]
     seeds: [0, 1]                          # of each arm; [0] if left out
-    budget: {training_flops: 1.2e13}       # or {seconds: 120}: of each run
+    budget: {training_flops: 1.2e13}       # or {seconds: 120}: of each run; with validation_nll: 4.5, until it has come down to that
     launcher: [deepspeed, --num_gpus, "2", --, launch/train.py]    # one process of `rdtrain train` if left out
     devices: ["0", "1"]                    # runs side by side, each with this in CUDA_VISIBLE_DEVICES; one after another if left out
     evaluate: [--prompts, "200"]           # options of `rdtrain evaluate`, made of the first seed's runs; none if left out
@@ -37,13 +37,15 @@ RDTRAIN = [sys.executable, "-m", "rdtrain.cli"]
 
 @dataclass
 class Budget:
-    """What each run may spend: one of both.
+    """What each run may spend, in one of two units.
 
-    training_flops: floating-point operations. seconds: of training, without compilation.
+    training_flops: floating-point operations. seconds: of training, without compilation. validation_nll: a run ends sooner, at its first
+    evaluation with this held-out NLL.
     """
 
     training_flops: float | None = None
     seconds: float | None = None
+    validation_nll: float | None = None
 
     def __post_init__(self):
         """ValueError for none, both, or what is not positive."""
@@ -144,6 +146,8 @@ def _for_budget(arm: str, config: Config, seed: int, experiment: Experiment, mea
             raise UserError(f"a step of {arm} runs out of memory: lower its batch.micro_sequences, or see `rdtrain plan` for what fits")
         steps = max(1, int(budget.seconds / measured["step_seconds"]["typical"]))
         length = ["schedule.training_flops=null", f"schedule.steps={steps}"]
+    if budget.validation_nll is not None:
+        length.append(f"schedule.until_nll={budget.validation_nll}")
     config = override(config, [f"run.seed={seed}", *length])
     run = dataclasses.replace(config.run, name=name, folder=str(output / folder_name(name)))
     return dataclasses.replace(config, run=run)

@@ -92,7 +92,7 @@ def _headline(arms: list[Arm]) -> list[str]:
 
 def _race(own: list[list[Arm]], other: list[Arm]) -> str:
     """The run whose first evaluation at or below the mean NLL that the other ends with came soonest, if all seeds of it got there."""
-    goal = statistics.mean(arm.validation_nll for arm in other)
+    goal = max([statistics.mean(arm.validation_nll for arm in other), *(arm.until_nll for arm in other if arm.until_nll is not None)])
     goal_text = f"the {goal:.4f} that {_name(other)} has after {_mean([arm.seconds for arm in other], '.1f')} s"
     goal_text += _spread([arm.validation_nll for arm in other], ".4f")
     raced = []

@@ -13,7 +13,7 @@ from ..metrics import read_metrics
 @dataclass
 class Arm:
     """One run as the report shows it. Times in seconds, memory in bytes, NLL in nats per token. settings: all that decides its result but
-    the seed, as text: runs with the same are repetitions of each other."""
+    the seed, as text: runs with the same are repetitions of each other. until_nll: where it was to end, if that was asked for."""
 
     name: str
     objective: str
@@ -36,6 +36,7 @@ class Arm:
     peak_memory_bytes: int
     validation_nll: float
     validation_bits_per_byte: float
+    until_nll: float | None
     curve: list[tuple[float, float, float]]
     """(training FLOPs, seconds, held-out NLL) of each evaluation."""
 
@@ -78,6 +79,7 @@ def read_arm(folder: Path) -> Arm:
         peak_memory_bytes=max(record["peak_memory_bytes"] for record in timed),
         validation_nll=last["validation_nll"],
         validation_bits_per_byte=last["validation_bits_per_byte"],
+        until_nll=config.schedule.until_nll,
         curve=[(record["training_flops"], record["seconds"], record["validation_nll"]) for record in evaluated],
     )
 
