@@ -25,6 +25,8 @@ declare -A arm=(
     [ours]=""
 )
 declare -A ablation=(
+    [ours]=""
+    [seed-2]="run.seed=2"
     [sigma-data-0.5]="noise.sigma_data=0.5"
     [paper-levels]="noise.p_mean=-1.2"
     [narrow-levels]="noise.p_std=0.8"
@@ -36,6 +38,7 @@ declare -A ablation=(
     [level-per-token]="noise.level_per=token"
     [edm-weight]="noise.weighting=edm"
     [no-overlap]="noise.overlap=0.0"
+    [1-iteration]="model.iterations=1"
     [8-iterations]="model.iterations=8"
     [4-blocks]="model.blocks=4"
     [no-posterior-readout]="objective.posterior_readout=false"
