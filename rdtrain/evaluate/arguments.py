@@ -58,7 +58,7 @@ def add_evaluate(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> Non
     judges = parser.add_argument_group("judges", "Folders of Hugging Face models on this disk, or models of rdtrain; nothing is fetched.")
     judges.add_argument("--teacher", type=Path, help="a causal language model that scores each text given its prompt")
     judges.add_argument("--mauve-features", type=Path, help="a model whose last hidden state MAUVE compares (pip install rdtrain[mauve])")
-    judges.add_argument("--mauve-scaling", type=float, default=0.2, help="MAUVE's scaling factor")
+    judges.add_argument("--mauve-scaling", type=float, nargs="+", default=[0.2, 5.0], metavar="C", help="MAUVE's scaling factors")
     judges.add_argument("--mauve-clusters", type=int, help="clusters of MAUVE (default: prompts / 10)")
     judges.add_argument("--judge-batch", type=int, default=32, help="texts that a judge reads at a time")
 

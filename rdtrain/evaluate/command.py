@@ -83,6 +83,8 @@ class EvaluateSettings:
         for name in ("sequences", "sequence_length", "batch", "prompts", "prompt_tokens", "continuations", "new_tokens", "judge_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, and it is {getattr(self, name)}")
+        if min(self.mauve.scalings) <= 0:
+            raise UserError(f"--mauve-scaling must be above 0, and it is {min(self.mauve.scalings):g}")
         if self.sigma_levels < 2:
             raise UserError(f"--sigma-levels must be at least 2, and it is {self.sigma_levels}")
         if min(*self.iterations, *self.nll_iterations) < 1:

@@ -6,8 +6,9 @@ continuation, as is usual. Each set of one continuation a prompt is compared on 
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..errors import UserError
@@ -18,19 +19,20 @@ from .teacher import human_passage, written_passage
 
 @dataclass
 class MauveSettings:
-    """scaling: the exponent's factor c of the divergence curve. clusters: of k-means, texts / 10 where it is `auto`. seed: of k-means."""
+    """scalings: the exponent's factors c of the divergence curve, 0.2 in DiffusionBlocks and 5 in the authors' package; at 0.2 all but
+    distant distributions are at 0.999. clusters: of k-means, texts / 10 where it is `auto`. seed: of k-means."""
 
-    scaling: float = 0.2
+    scalings: list[float] = field(default_factory=lambda: [0.2, 5.0])
     clusters: int | str = "auto"
     seed: int = 0
 
 
 @dataclass
 class MauveScore:
-    """The mean over sets of continuations, their standard deviation (None of one set), and the number of clusters."""
+    """For each scaling the mean over sets of continuations and their standard deviation (None of one set); the number of clusters."""
 
-    mauve: float
-    standard_deviation: float | None
+    mauve: list[float]
+    standard_deviation: list[float | None]
     clusters: int
 
 
@@ -42,17 +44,23 @@ def require_mauve() -> None:
         raise UserError("MAUVE needs the mauve-text package, which is not installed: pip install rdtrain[mauve]") from None
 
 
-def mauve_score(human: torch.Tensor, written: torch.Tensor, settings: MauveSettings) -> tuple[float, int]:
-    """Features [N, d] and [M, d] -> MAUVE in (0, 1], 1 for the same distribution, and the number of clusters."""
+def mauve_scores(human: torch.Tensor, written: torch.Tensor, settings: MauveSettings) -> tuple[list[float], int]:
+    """Features [N, d] and [M, d] -> MAUVE in (0, 1] at each scaling, 1 for the same distribution, and the number of clusters."""
     from mauve import compute_mauve
 
+    first = settings.scalings[0]
     result = compute_mauve(
-        p_features=human.numpy(), q_features=written.numpy(), mauve_scaling_factor=settings.scaling, num_buckets=settings.clusters,
-        seed=settings.seed,
+        p_features=human.numpy(), q_features=written.numpy(), mauve_scaling_factor=first, num_buckets=settings.clusters, seed=settings.seed
     )
-    # Of two equal histograms every point of the curve is (1, 1), and the package, which then orders points by chance, returns 0.75.
-    mauve = 1.0 if (result.p_hist == result.q_hist).all() else float(result.mauve)
-    return mauve, int(result.num_buckets)
+    # The curve's points are exp(-c KL), so at another c they are powers of these, and the clusters need not be found again.
+    scores = [_area(result.divergence_curve ** (scaling / first)) for scaling in settings.scalings]
+    # Of two equal histograms every point of the curve is (1, 1), where the order of points would be chance.
+    return [1.0] * len(scores) if (result.p_hist == result.q_hist).all() else scores, int(result.num_buckets)
+
+
+def _area(curve: np.ndarray) -> float:
+    """Under a divergence curve [points, 2], the mean over its two axes, as the authors' package takes it."""
+    return float(np.mean([np.trapezoid(curve[order, 1 - axis], curve[order, axis]) for axis in (0, 1) for order in [curve[:, axis].argsort()]]))
 
 
 class Mauve:
@@ -78,6 +86,7 @@ class Mauve:
         for number in sorted({sample.number for sample in samples}):
             places = [place for place, sample in enumerate(samples) if sample.number == number]
             human = torch.stack([self._human[human_passage(samples[place])] for place in places])
-            scores.append(mauve_score(human, written[places], self.settings))
-        values = [value for value, _ in scores]
-        return MauveScore(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, scores[0][1])
+            scores.append(mauve_scores(human, written[places], self.settings))
+        of_scalings = list(zip(*(values for values, _ in scores)))
+        spread = [statistics.stdev(values) if len(values) > 1 else None for values in of_scalings]
+        return MauveScore([statistics.mean(values) for values in of_scalings], spread, scores[0][1])

@@ -87,7 +87,10 @@ def _texts(report: dict, settings: dict) -> list[str]:
         ("human's", lambda one: _distinct(one["human_diversity"])),
     ]
     if report["mauve_features"]:
-        columns += [("MAUVE", lambda one: f"{one['mauve']['mauve']:.3f}{_error(one['mauve']['standard_deviation'], 3)}")]
+        columns += [
+            (f"MAUVE, c = {scaling:g}", lambda one, place=place: _mauve(one["mauve"], place))
+            for place, scaling in enumerate(settings["mauve"]["scalings"])
+        ]
     columns += [("ended", lambda one: f"{100 * one['ended']:.1f}%")]
     text = ["## Text", "", *_table([name for name, _ in columns], [[value(one) for _, value in columns] for one in texts]), ""]
     shown = ("iterations", "temperature", *_varying(texts))
@@ -103,8 +106,8 @@ def _texts(report: dict, settings: dict) -> list[str]:
         text += [f"Teacher: {report['teacher']}; errors are standard errors over prompts.", ""]
     if report["mauve_features"]:
         text += [
-            f"MAUVE: features of {report['mauve_features']}, scaling factor {settings['mauve']['scaling']:g}, "
-            f"{first['mauve']['clusters']} clusters; the error is the standard deviation over sets of continuations.",
+            f"MAUVE: features of {report['mauve_features']}, scaling factors c, {first['mauve']['clusters']} clusters; the error is the "
+            "standard deviation over sets of continuations.",
             "",
         ]
     if report["teacher"]:
@@ -131,6 +134,10 @@ def _distinct(diversity: dict) -> str:
     return " / ".join(f"{share:.3f}" for share in diversity["distinct"])
 
 
+def _mauve(score: dict, place: int) -> str:
+    return f"{score['mauve'][place]:.4f}{_error(score['standard_deviation'][place])}"
+
+
 def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
@@ -144,7 +151,11 @@ def write_plots(report: dict, output: Path) -> None:
     if texts and report["teacher"]:
         _save(output / FRONTIER_PLOT, 1, lambda axes: _plot_frontier(texts, axes[0]))
     if texts and (report["teacher"] or report["mauve_features"]):
-        judges = [("teacher NLL (nats per token)", "teacher", "nll"), ("MAUVE", "mauve", "mauve")]
+        judges = [("teacher NLL (nats per token)", "teacher", lambda score: score["nll"])]
+        judges += [
+            (f"MAUVE, c = {scaling:g}", "mauve", lambda score, place=place: score["mauve"][place])
+            for place, scaling in enumerate(report["settings"]["mauve"]["scalings"])
+        ]
         judges = [judge for judge in judges if judge[1] in texts[0]]
         _save(output / ITERATIONS_PLOT, len(judges), lambda axes: _plot_iterations(texts, judges, axes))
 
@@ -187,10 +198,10 @@ def _plot_frontier(texts: list[dict], axes) -> None:
     axes.set(xlabel="unigram entropy (nats)", ylabel="teacher NLL (nats per token)", title="Likelihood by a teacher against variety")
 
 
-def _plot_iterations(texts: list[dict], judges: list[tuple[str, str, str]], axes) -> None:
-    for one, (title, judge, field) in zip(axes, judges):
+def _plot_iterations(texts: list[dict], judges: list[tuple[str, str, Callable[[dict], float]]], axes) -> None:
+    for one, (title, judge, value) in zip(axes, judges):
         for label, group in _lines(texts).items():
-            one.plot([text["setting"]["iterations"] for text in group], [text[judge][field] for text in group], marker="o", label=label)
+            one.plot([text["setting"]["iterations"] for text in group], [value(text[judge]) for text in group], marker="o", label=label)
         if judge == "teacher":
             one.axhline(texts[0]["human_teacher"]["nll"], color="black", linestyle=":", label="human text")
         counts = sorted({text["setting"]["iterations"] for text in texts})

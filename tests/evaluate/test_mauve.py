@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-pytest.importorskip("mauve")
+compute_mauve = pytest.importorskip("mauve").compute_mauve
 
-from rdtrain.evaluate.mauve import Mauve, MauveSettings, mauve_score  # noqa: E402
+from rdtrain.evaluate.mauve import Mauve, MauveSettings, mauve_scores  # noqa: E402
 from rdtrain.evaluate.samples import Sample  # noqa: E402
 
 
@@ -16,14 +16,18 @@ def clouds(shift: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_mauve_is_near_one_for_one_distribution_and_falls_with_the_distance():
-    scores = [mauve_score(*clouds(shift), MauveSettings(scaling=5.0))[0] for shift in (0.0, 1.0, 20.0)]
-    assert scores[0] > 0.9 > scores[1] > scores[2] and scores[2] < 0.05
+    scores = [mauve_scores(*clouds(shift), MauveSettings())[0] for shift in (0.0, 1.0, 20.0)]
+    assert scores[0][1] > 0.9 > scores[1][1] > scores[2][1] and scores[2][1] < 0.05
     same = clouds(0.0)[0]
-    value, clusters = mauve_score(same, same, MauveSettings())
-    assert value == 1 and clusters == 20
-    assert mauve_score(same, same, MauveSettings(clusters=7))[1] == 7
-    # exp(-c KL) rises as c falls: at 0.2, the paper's, all texts look alike but for distant ones.
-    assert mauve_score(*clouds(1.0), MauveSettings())[0] > scores[1]
+    assert mauve_scores(same, same, MauveSettings()) == ([1.0, 1.0], 20)
+    assert mauve_scores(same, same, MauveSettings(clusters=7))[1] == 7
+
+
+def test_scores_at_each_scaling_are_those_of_the_authors_package():
+    human, written = clouds(1.0)
+    found = mauve_scores(human, written, MauveSettings(scalings=[0.2, 5.0, 1.0]))[0]
+    package = [compute_mauve(human.numpy(), written.numpy(), mauve_scaling_factor=c, seed=0).mauve for c in (0.2, 5.0, 1.0)]
+    assert found == pytest.approx(package, abs=1e-6)
 
 
 def test_each_set_of_continuations_is_compared_on_its_own_with_human_features_computed_once():
@@ -43,9 +47,10 @@ def test_each_set_of_continuations_is_compared_on_its_own_with_human_features_co
         for number, kind in enumerate(("near", "far"))
     ]
     judge = Features()
-    mauve = Mauve(judge, MauveSettings(scaling=5.0), 32)
+    mauve = Mauve(judge, MauveSettings(scalings=[5.0]), 32)
     mauve.prepare(samples)
     score = mauve.score(samples)
-    near, far = (mauve_score(human, written + shift, MauveSettings(scaling=5.0))[0] for shift in (0, 30))
-    assert score.mauve == pytest.approx((near + far) / 2) and score.standard_deviation == pytest.approx(abs(near - far) / 2**0.5)
+    near, far = (mauve_scores(human, written + shift, MauveSettings(scalings=[5.0]))[0][0] for shift in (0, 30))
+    assert score.mauve == [pytest.approx((near + far) / 2)]
+    assert score.standard_deviation == [pytest.approx(abs(near - far) / 2**0.5)]
     assert judge.calls == [200, 400]
