@@ -5,11 +5,13 @@
 #   bash launch/quality.sh data TRAIN VALIDATION TEACHER      a tokenizer of 8192 pieces and shards, of three sets of text that share no book
 #   bash launch/quality.sh teacher                            a plain language model of the teacher's books, which will judge samples
 #   bash launch/quality.sh rates STEPS ARM [ARM ...]          each arm at three learning rates, JOBS (3) runs at a time
-#   bash launch/quality.sh ablations STEPS [NAME ...]         ours with one thing changed, at its best rate, JOBS runs at a time
-#   bash launch/quality.sh arms SECONDS SEED ARM [ARM ...]    each arm at its best rate for so many seconds of training, one at a time
+#   bash launch/quality.sh ablations STEPS [NAME ...]         ours with one thing changed, JOBS runs at a time
+#   bash launch/quality.sh arms SECONDS SEED ARM [ARM ...]    each arm for so many seconds of training, one at a time
 #   bash launch/quality.sh report                             compares all that `arms` has made
-#   bash launch/quality.sh samples RUN [RUN ...] [-- OPTION ...]   `rdtrain evaluate` with the teacher; options are its own
-# ARM: plain, truncated, full, local, paper, ours. FOLDER (runs/quality) is where everything goes; SETTINGS are more overrides for every run.
+#   bash launch/quality.sh likelihood RUN [RUN ...] [-- OPTION ...]   held-out NLL, and what K iterations are worth; options are its own
+#   bash launch/quality.sh samples RUN [RUN ...] [-- OPTION ...]   text, by the teacher, which also gives MAUVE's features; likewise
+# ARM: plain, truncated, full, local, paper, ours, each at the learning rate that `rates` has found. FOLDER (runs/quality) is where
+# everything goes; SETTINGS are more overrides for every run; DEVICES ("0") are the GPUs that the runs of `rates` and `ablations` share.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${FOLDER:-runs/quality}
@@ -18,9 +20,9 @@ rdtrain() { "${PYTHON:-python3}" -m rdtrain.cli "$@"; }
 
 declare -A arm=(
     [plain]="objective.name=one_pass model.iterations=1"
-    [truncated]="objective.name=bptt"
-    [full]="objective.name=bptt objective.gradient=full objective.depth=fixed batch.micro_sequences=32"
-    [local]="objective.name=bptt objective.gradient=local"
+    [truncated]="objective.name=bptt optimizer.learning_rate=1e-3"
+    [full]="objective.name=bptt objective.gradient=full objective.depth=fixed batch.micro_sequences=32 optimizer.learning_rate=1e-3"
+    [local]="objective.name=bptt objective.gradient=local optimizer.learning_rate=1e-3"
     [paper]=""
     [ours]=""
 )
@@ -30,7 +32,9 @@ declare -A ablation=(
     [sigma-data-0.5]="noise.sigma_data=0.5"
     [paper-levels]="noise.p_mean=-1.2"
     [narrow-levels]="noise.p_std=0.8"
+    [critical-levels]="noise.p_mean=-1.2 noise.p_std=0.6"
     [share-0]="noise.share_at_sigma_max=0.0"
+    [share-0.3]="noise.share_at_sigma_max=0.3"
     [share-0.5]="noise.share_at_sigma_max=0.5"
     [share-0.7]="noise.share_at_sigma_max=0.7"
     [uniform]="noise.partition=uniform"
@@ -41,8 +45,10 @@ declare -A ablation=(
     [1-iteration]="model.iterations=1"
     [8-iterations]="model.iterations=8"
     [4-blocks]="model.blocks=4"
-    [no-posterior-readout]="objective.posterior_readout=false"
+    [no-posterior-readout]="objective.posterior_readout=false objective.optional_state=false"
     [unit-variance-input]="objective.wiener_input=false"
+    [state-around-the-core]="objective.optional_state=false"
+    [state-around-the-core-seed-2]="objective.optional_state=false run.seed=2"
     [core-readout]="objective.core_readout=true"
     [self-conditioning]="objective.self_conditioning=true"
     [chain-states]="objective.chain_states=true"
@@ -72,28 +78,13 @@ known() {
 }
 
 # in_turn RUN...: a run in the background, as soon as fewer than JOBS are going on; all_done fails when one of them has.
-started=()
+started=() devices=(${DEVICES:-0})
 in_turn() {
     while [ "$(jobs -pr | wc -l)" -ge "${JOBS:-3}" ]; do sleep 1; done
-    run "$@" &
+    CUDA_VISIBLE_DEVICES=${devices[${#started[@]} % ${#devices[@]}]} run "$@" &
     started+=($!)
 }
 all_done() { local failed=0 job; for job in "${started[@]}"; do wait "$job" || failed=1; done; return $failed; }
-
-# best ARM: the learning rate with the lowest held-out NLL among those tried.
-best() {
-    "${PYTHON:-python3}" - "$folder/rates" "$1" <<'PYTHON'
-import json, pathlib, sys
-folder, arm = pathlib.Path(sys.argv[1]), sys.argv[2]
-runs = {}
-for metrics in folder.glob(f"{arm}-[0-9]*/metrics.jsonl"):
-    last = json.loads(metrics.read_text().splitlines()[-1])
-    runs[metrics.parent.name.removeprefix(f"{arm}-")] = last["validation_nll"]
-if not runs:
-    sys.exit(f"no learning rate has been tried for {arm}: start with `bash launch/quality.sh rates STEPS {arm}`")
-print(min(runs, key=runs.get))
-PYTHON
-}
 
 # step_seconds ARM: of a step with the GPU to itself, which the runs of `rates` do not have.
 step_seconds() {
@@ -129,28 +120,29 @@ ablations)
     steps=$1; shift
     [ $# -gt 0 ] || set -- "${!ablation[@]}"
     for name in "$@"; do known ablation "$name"; done
-    rate=$(best ours)
-    for name in "$@"; do
-        in_turn "ablations/$name" 70m ${ablation[$name]} schedule.steps="$steps" optimizer.learning_rate="$rate"
-    done
+    for name in "$@"; do in_turn "ablations/$name" 70m ${ablation[$name]} schedule.steps="$steps"; done
     all_done ;;
 arms)
     seconds=$1 seed=$2; shift 2
     for name in "$@"; do known arm "$name"; done
     for name in "$@"; do
-        rate=$(best "$name")
         step=$(step_seconds "$name")
         steps=$(awk "BEGIN { print int($seconds / $step) }")
         run "arms/$name-$seconds-s-seed-$seed" "$(config_of "$name")" ${arm[$name]} schedule.steps="$steps" run.seed="$seed" \
-            evaluation.interval=$((steps / 10)) optimizer.learning_rate="$rate" optimizer.learning_rate_source="$folder/rates"
+            evaluation.interval=$((steps / 10)) optimizer.learning_rate_source=docs/results/quality.md
     done ;;
 report)
     rdtrain compare "$folder"/arms/ours-*/ $(find "$folder/arms" -mindepth 1 -maxdepth 1 -type d ! -name 'ours-*' | sort) --output "$folder/report" ;;
-samples)
+likelihood | samples)
     runs=()
     while [ $# -gt 0 ] && [ "$1" != -- ]; do runs+=("$folder/$1"); shift; done
     [ $# -eq 0 ] || shift
-    rdtrain evaluate "${runs[@]}" --shards "$folder/shards/validation" --teacher "$folder/teacher-model" "$@" ;;
+    if [ $stage = likelihood ]; then
+        options=(--skip samples)
+    else
+        options=(--skip likelihood --teacher "$folder/teacher-model" --mauve-features "$folder/teacher-model")
+    fi
+    rdtrain evaluate "${runs[@]}" --shards "$folder/shards/validation" "${options[@]}" "$@" ;;
 *)
     sed -n '2,/^set/p' "$0" | sed '/^set/d; s/^# \{0,1\}//'
     [ "$stage" = help ] || exit 2 ;;

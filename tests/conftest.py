@@ -53,6 +53,8 @@ def perturb():
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
             elif name.endswith("output.weight"):
                 parameter *= 4
+            elif name.endswith(".adapter.weight") and module.config.optional_state:  # whose part starts at zero
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         return module
 
     return change

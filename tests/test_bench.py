@@ -122,7 +122,8 @@ def test_what_cannot_be_measured_is_refused(config, on_cpu, tmp_path):
 
 
 def test_baselines_of_a_config_keep_all_but_its_objective(config):
-    config = override(config, ["objective.posterior_readout=false", "model.blocks=2", "objective.self_conditioning=true"])
+    others = ["objective.posterior_readout=false", "objective.optional_state=false", "objective.self_conditioning=true"]
+    config = override(config, ["model.blocks=2", *others])
     found = {case.arm: case.config for case in cases(config, ["blocks", "local", "one_pass"], [])}
     assert found["blocks"] == config and cases(config, [], [])[0].config == config
     assert found["local"].objective.gradient == "local" and found["local"].model.iterations == 6 and found["one_pass"].model.iterations == 1

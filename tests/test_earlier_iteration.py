@@ -16,7 +16,7 @@ ALL = {"self_conditioning": True, "chain_states": True, "core_readout": True}
 
 def test_all_three_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp_path, rdtrain, assert_resumes_bit_for_bit):
     # Without what would make the tokens depend little on where the chain is read.
-    objective = ALL | {"posterior_readout": False, "wiener_input": False}
+    objective = ALL | {"posterior_readout": False, "wiener_input": False, "optional_state": False}
     config = tiny_config(objective=objective, schedule={"steps": 40}, checkpoint={"interval": 20}, evaluation={"interval": 20})
     result = rdtrain("train", "--config", config)
     assert result.returncode == 0, result.stderr

@@ -56,7 +56,7 @@ def load(folder: Path, **settings):
 @pytest.fixture(scope="module")
 def denoiser(write):
     """(our model, its export's folder, the loaded class) of a denoising model with all that one can have."""
-    model, folder = write(posterior_readout=True, wiener_input=True, core_readout=True)
+    model, folder = write(posterior_readout=True, wiener_input=True, optional_state=True, core_readout=True)
     return model, folder, load(folder)
 
 
@@ -164,9 +164,7 @@ def written_out(ours, prompt, seed, iterations):
     z, sd = 80.0 * random_numbers.normal(STATE, width).double(), 1 / math.sqrt(width)
     condition = ours.condition(torch.full((1, 1), math.log(80.0) / 4))
     keep = sd**2 / (80.0**2 + sd**2)
-    hidden = ours.iterate((keep * z / sd).float(), e, condition).double()
-    estimate = keep * z + 80.0 * sd / math.sqrt(80.0**2 + sd**2) * hidden
-    prior = ours.head(ours.coda((estimate / sd).float(), condition)).double()
+    prior = ours.head(ours.coda(ours.iterate((keep * z / sd).float(), e, condition), condition)).double()
     return (prior + z / 80.0**2 @ (table / table.norm(dim=-1, keepdim=True)).T)[0]
 
 

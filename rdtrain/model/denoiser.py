@@ -41,6 +41,8 @@ def denoise_at(model: RecurrentDepthLM, z: Tensor, e: Tensor, level: NoiseLevel,
     """`denoise_state` where the noise level is known beforehand: (state, evidence)."""
     hidden = model.iterate(level.into_core * z, e, level.conditioning, cache, previous, block, mask)
     evidence = (z / level.sigma.square()).detach() if model.config.posterior_readout else None
+    if model.config.optional_state:
+        return hidden.float(), evidence
     return (level.scale.c_skip * z + level.scale.c_out * hidden.float()) / sigma_data, evidence
 
 
@@ -49,7 +51,8 @@ def denoise_state(model: RecurrentDepthLM, z: Tensor, e: Tensor, sigma: Tensor, 
                   block: int = 0, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """One iteration before its readout: z, e [B, T, d], noise levels sigma [B, 1] or [B, T] (fp32) -> (state, conditioning, evidence).
 
-    The state [B, T, d] is the preconditioned estimate of the target in units of its standard deviation; the three are what the model's
+    The state [B, T, d] is the preconditioned estimate of the target in units of its standard deviation, or with optional_state the core's
+    output alone; the three are what the model's
     `readout` and `losses` take, evidence being None for a model without posterior_readout. sigma_data: the standard deviation of the
     target's components that the scalings assume. previous: the estimate of the iteration before, as `iterate` takes it. block: the one
     whose noise levels these are. mask: `document_mask` of the inputs, where there is no cache.

@@ -89,6 +89,8 @@ class ModelConfig(ModelSettings):
     noise_conditioning: whether core and coda layers take a noise level.
     posterior_readout: whether the logits of a denoising model are those of a prior, to which the evidence of its state is added.
     wiener_input: whether the core of a denoising model takes its state as the Wiener estimate of the target, or at unit variance.
+    optional_state: whether a denoising model can leave its state out: the adapter's part for it starts at zero, and the coda takes what the
+        core gives, without EDM's path around the core.
     self_conditioning: whether an iteration takes the expected embedding that the one before it ended with.
     core_readout: whether logits can also be read straight from the core's state.
     initial_state: what a model that is not a denoiser starts from: `normal`, a random state (see `initial_state`), or `zero`.
@@ -101,6 +103,7 @@ class ModelConfig(ModelSettings):
     noise_conditioning: bool = False
     posterior_readout: bool = False
     wiener_input: bool = False
+    optional_state: bool = False
     self_conditioning: bool = False
     core_readout: bool = False
     initial_state: Literal["normal", "zero"] = "normal"
@@ -213,6 +216,9 @@ class RecurrentDepthLM(nn.Module):
             else:
                 scale = 1 / math.sqrt(2 * depth) if name.endswith(".output.weight") else 1.0
                 nn.init.trunc_normal_(parameter, std=std * scale, a=-3 * std * scale, b=3 * std * scale)
+        if config.optional_state:
+            for core in self.cores:
+                core.adapter.weight[:, : config.width].zero_()
 
     @torch.no_grad()
     def document_mask(self, ids: Tensor) -> Tensor | None:

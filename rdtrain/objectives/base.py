@@ -24,6 +24,9 @@ class ObjectiveSettings:
         that by Bayes' rule the network's alone need only be a prior.
     wiener_input: diffusion_blocks only: the core takes its noised state as the Wiener estimate of the target, which fades where the
         state is noise alone, and not at unit variance.
+    optional_state: diffusion_blocks only: a network that starts out without its state, which the posterior readout takes into account in
+        any case, and learns what else to make of it: the adapter's part for it starts at zero, and the coda takes the core's output
+        alone, not EDM's c_skip z + c_out F.
     self_conditioning: diffusion_blocks only: an iteration also takes the estimate of the one before it (arXiv 2208.04202).
     chain_states: diffusion_blocks only: an iteration starts from the state that the model's own iteration before led to, not from a
         noised target. For both, every second sample goes through that iteration first, without gradient.
@@ -40,6 +43,7 @@ class ObjectiveSettings:
     name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
     posterior_readout: bool = True
     wiener_input: bool = True
+    optional_state: bool = True
     self_conditioning: bool = False
     chain_states: bool = False
     core_readout: bool = False
@@ -55,11 +59,15 @@ class ObjectiveSettings:
             raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
         of_all = ("name", "layer_checkpointing")
         changed = [field.name for field in fields(self) if field.name not in of_all and getattr(self, field.name) != field.default]
-        of_blocks = ("posterior_readout", "wiener_input", "self_conditioning", "chain_states", "core_readout")
+        of_blocks = ("posterior_readout", "wiener_input", "optional_state", "self_conditioning", "chain_states", "core_readout")
         for name in changed:
             owner = "diffusion_blocks" if name in of_blocks else "bptt"
             if self.name != owner:
                 raise ValueError(f"{name} belongs to name={owner}, and name is {self.name}: leave it out")
+        if self.name == "diffusion_blocks" and self.optional_state and not self.posterior_readout:
+            raise ValueError(
+                "optional_state leaves what a state says of its target to posterior_readout, which is off: set optional_state=false as well"
+            )
         if "trained_iterations" in changed and self.gradient != "truncated":
             raise ValueError(f"trained_iterations belongs to gradient=truncated, and gradient is {self.gradient}: leave it out")
         if self.activation_checkpointing and self.layer_checkpointing == "selective":

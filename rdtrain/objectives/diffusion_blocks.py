@@ -42,7 +42,7 @@ class DiffusionBlocks(Objective):
         self.core_readout = objective.core_readout
         if self.self_conditioning or self.chain_states:
             self.smallest_micro_batch = 2  # every second sample goes through an earlier iteration
-        features = ("posterior_readout", "wiener_input", "self_conditioning", "core_readout")
+        features = ("posterior_readout", "wiener_input", "optional_state", "self_conditioning", "core_readout")
         self.model_fields = {"noise_conditioning": True} | {name: getattr(objective, name) for name in features}
         self.iterations = iterations
         self.blocks = blocks

@@ -44,6 +44,25 @@ def test_the_evidence_is_known_and_sends_no_gradient(models):
     assert (gradient == 0).all(), "only the network's part, which is zero here, trains the embedding"
 
 
+def test_an_optional_state_is_left_out_at_first_and_can_be_learned_to_be_used(build_model):
+    """Two states of one noise level: without their evidence the logits are the same, to the bit, until the adapter's part has moved."""
+    model = build_model(True, perturbed=False, optional_state=True)
+    states = [torch.randn(8, 12, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    sigma = torch.full((8, 1), 0.3)
+
+    def priors():
+        return [denoise(model, z, model.prelude(TOKENS[:, :-1]), sigma, 32**-0.5) for z in states]
+
+    one, other = priors()
+    assert torch.equal(one, other)
+    (gradient,) = torch.autograd.grad(one.square().sum(), model.cores[0].adapter.weight)
+    assert gradient[:, :32].abs().max() > 0
+    with torch.no_grad():
+        model.cores[0].adapter.weight -= 0.1 * gradient / gradient.abs().max()
+    one, other = priors()
+    assert (one - other).abs().max() > 1e-3
+
+
 def silent(model):
     """A network that says nothing: its logits are all zero, so its prior is uniform."""
     torch.nn.init.zeros_(model.final_norm.weight)

@@ -210,6 +210,7 @@ def test_the_objective_is_built_by_name_with_its_iterations():
         ({"name": "bptt", "trained_iterations": 2, "gradient": "local"}, "trained_iterations .* gradient is local: leave it out"),
         ({"name": "one_pass", "depth": "fixed"}, "depth belongs to name=bptt, and name is one_pass: leave it out"),
         ({"name": "diffusion_blocks", "activation_checkpointing": True}, "activation_checkpointing .* name is diffusion_blocks"),
+        ({"posterior_readout": False}, "optional_state leaves .* to posterior_readout, which is off: set optional_state=false as well"),
         ({"name": "bptt", "activation_checkpointing": True, "layer_checkpointing": "selective"}, "keeps the products .* choose one"),
     ],
 )

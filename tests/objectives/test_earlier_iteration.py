@@ -26,6 +26,7 @@ CASES = pytest.mark.parametrize(
         (("posterior_readout",), {"sigma_min": 0.05}, 1),
         (("wiener_input",), {"sigma_data": 0.5}, 1),
         (("posterior_readout", "wiener_input", *ALL), {"sigma_min": 0.05, "level_per": "token"}, 2),
+        (("posterior_readout", "optional_state", *ALL), {"sigma_min": 0.05}, 1),
         (ALL, {"overlap": 1.0, "share_at_sigma_max": 0.0}, 1),  # so wide that the level before would fall below the level
         (ALL, {"level_per": "token"}, 1),
         (ALL, {"share_at_sigma_max": 0.0, "sigma_data": 0.5}, 2),
@@ -36,7 +37,7 @@ CASES = pytest.mark.parametrize(
 
 
 def build(settings, noise, blocks, build_model):
-    chosen = ObjectiveSettings(**{"posterior_readout": False, "wiener_input": False} | dict.fromkeys(settings, True))
+    chosen = ObjectiveSettings(**dict.fromkeys(("posterior_readout", "wiener_input", "optional_state"), False) | dict.fromkeys(settings, True))
     objective = DiffusionBlocks(NoiseSettings(**noise), K, chosen, blocks)
     # so large an epsilon that the readout's norm does not hide the scale of what it is given
     return objective, build_model(blocks=blocks, norm_eps=0.1, **objective.model_fields)
@@ -57,7 +58,8 @@ def unit_rows(model):
 
 
 def estimate_by_hand(model, core, z, e, levels, told, sd):
-    """D / sd [T, d] of one sequence, and the conditioning, the scalings and the adapter written out; told [T, d] is an embedding."""
+    """D / sd [T, d] of one sequence, or with optional_state the core's output, and the conditioning, the scalings and the adapter written
+    out; told [T, d] is an embedding."""
     total = levels**2 + sd**2
     conditioning = model.condition(levels.log().T / 4)
     scaled = sd / total * z if model.config.wiener_input else z / total.sqrt()
@@ -65,6 +67,8 @@ def estimate_by_hand(model, core, z, e, levels, told, sd):
     if told is not None:
         x = x + told / (1 / math.sqrt(model.config.width)) @ model.estimate_adapter.weight.T
     hidden = run_layers(model.rotary, core.layers, x.unsqueeze(0), conditioning, None)[0]
+    if model.config.optional_state:
+        return hidden, conditioning
     return (sd**2 / total * z + levels * sd / total.sqrt() * hidden) / sd, conditioning
 
 

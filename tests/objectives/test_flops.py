@@ -145,7 +145,7 @@ def test_training_counts_with_an_iteration_before_and_a_core_readout_are_exact_b
     level_per, settings, build_model, random_of
 ):
     """Every second of the four sequences goes through the iteration before."""
-    chosen = ObjectiveSettings(**{"posterior_readout": False} | dict.fromkeys(settings, True))
+    chosen = ObjectiveSettings(**{"posterior_readout": False, "optional_state": False} | dict.fromkeys(settings, True))
     objective = DiffusionBlocks(NoiseSettings(level_per=level_per), 4, chosen)
     model = build_model(core_layers=3, **objective.model_fields)
     actual = counted(lambda: objective(model, ids(4, 9), random_of(range(4))).value.backward())

@@ -64,7 +64,8 @@ def test_the_last_target_and_its_embedding_are_no_part_of_the_held_out_logits(bu
 @pytest.fixture(
     params=[
         {},
-        {"posterior_readout": False},
+        {"posterior_readout": False, "optional_state": False},
+        {"optional_state": False},
         {"wiener_input": False},
         {"self_conditioning": True},
         {"chain_states": True},
