@@ -56,9 +56,9 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_its_warm_up_leaves_no_
         assert states[True]["information_curve"] == states[False]["information_curve"]
 
 
-def test_compile_is_refused_for_deepspeed(tiny_config, rdtrain, refused, tmp_path):
-    result = rdtrain("train", "--config", tiny_config(engine={"name": "deepspeed"}), "engine.compile=true")
-    refused(result, "compile works with the torch engine alone: use name=torch or leave compile off")
+def test_compile_is_refused_for_zero_3(tiny_config, rdtrain, refused, tmp_path):
+    result = rdtrain("train", "--config", tiny_config(engine={"name": "deepspeed", "zero_stage": 3}), "engine.compile=true")
+    refused(result, "compile cannot go with zero_stage=3", "use zero_stage 0 to 2, or name=fsdp, or leave compile off")
     assert not (tmp_path / "run").exists()
 
 

@@ -25,17 +25,23 @@ def start_processes(settings: EngineSettings, world: World) -> None:
 def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: Objective, optimizer: OptimizerSettings,
                  micro_batch: int, accumulation: int, world: World) -> Engine:
     """The engine that the settings name, around a model and its objective; after `start_processes`."""
-    dtype = settings.dtype(world.device)
+    dtype, apart = settings.dtype(world.device), ()
     if settings.name == "block_parallel":
         from .block_parallel_engine import BlockParallelEngine, keep_own_block
 
         keep_own_block(model, world)  # before the model moves to the device, where the others need no room
-        return BlockParallelEngine(TrainingModule(model.to(world.device), objective, dtype), optimizer, accumulation, world)
+    elif settings.name == "fsdp":
+        from .fsdp_engine import FSDPEngine, sharded_layers
 
+        apart = sharded_layers(model, objective)
     model = model.to(world.device)
-    if settings.name == "fsdp":
-        from .fsdp_engine import FSDPEngine
+    if settings.compile:
+        objective.compile(model, apart)
 
+    if settings.name == "block_parallel":
+        return BlockParallelEngine(TrainingModule(model, objective, dtype), optimizer, accumulation, world)
+
+    if settings.name == "fsdp":
         return FSDPEngine(TrainingModule(model, objective), optimizer, accumulation, world, dtype)
 
     if settings.name == "deepspeed":
@@ -47,6 +53,4 @@ def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: O
 
     from .torch_engine import TorchEngine
 
-    if settings.compile:
-        objective.compile(model)
     return TorchEngine(TrainingModule(model, objective, dtype), optimizer, accumulation)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, first_line
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss, Metrics, Objective
 from ..randomness import SampleRandom
@@ -32,7 +33,8 @@ class EngineSettings:
     zero_stage: deepspeed only: 0 shards nothing, 1 the optimizer state, 2 the gradients as well, 3 the weights as well, as fsdp does.
     offload_optimizer: deepspeed with zero_stage 1 to 3 only: optimizer state and master weights in the memory of the CPU, which then
         makes the optimizer's step.
-    compile: torch only: compile prelude, core, coda and loss with torch.compile before training starts.
+    compile: compile prelude, core, coda and loss with torch.compile before training starts; under fsdp the layers that it shards, each by
+        itself. zero_stage=3 cannot.
     precision: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on CPU. The optimizer works in fp32 in any case. In bf16, ZeRO 1 to 3 and
         fsdp run bf16 copies of the fp32 weights; the others run the fp32 weights under torch.autocast.
     """
@@ -45,8 +47,11 @@ class EngineSettings:
 
     def __post_init__(self):
         """ValueError for an engine that cannot compile, or has no optimizer state of its own to move."""
-        if self.compile and self.name != "torch":
-            raise ValueError("compile works with the torch engine alone: use name=torch or leave compile off")
+        if self.compile and self.name == "deepspeed" and self.zero_stage == 3:
+            raise ValueError(
+                "compile cannot go with zero_stage=3, which gathers weights inside of what would be compiled: use zero_stage 0 to 2, or "
+                "name=fsdp, or leave compile off"
+            )
         if self.offload_optimizer and (self.name != "deepspeed" or self.zero_stage == 0):
             raise ValueError("offload_optimizer works with name=deepspeed and zero_stage 1 to 3 alone: use these or leave it off")
 
@@ -87,6 +92,11 @@ class TrainingModule(nn.Module):
             return loss.value / self.objective.filled, loss.metrics
 
 
+def differentiate(value: Tensor, model: nn.Module) -> None:
+    """A backward pass for its time alone: gradients are dropped, and nobody hears of them, as no hook on their accumulation is called."""
+    torch.autograd.grad(value, [parameter for parameter in model.parameters() if parameter.requires_grad], allow_unused=True)
+
+
 def mean_loss(losses: list[Loss]) -> Tensor:
     """The loss of a rank's micro-batches, detached."""
     return torch.stack([loss.value.detach() for loss in losses]).mean()
@@ -119,8 +129,16 @@ class Engine(ABC):
         """The whole model's weights by name, on rank 0; nothing on the others. Collective."""
 
     def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
-        """Run a forward and backward pass that changes nothing, so that a first use that costs time is over."""
-        raise NotImplementedError
+        """Run a forward and backward pass that changes no weight, gradient or state of the engine, so that a first use that costs time is
+        over. Between steps; collective. UserError where the model is to be compiled and this machine cannot."""
+        try:
+            self._pass_without_trace(tokens, random)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise UserError(f"torch.compile failed ({first_line(error)}): install a C++ compiler, or set engine.compile=false") from error
+
+    @abstractmethod
+    def _pass_without_trace(self, tokens: Tensor, random: SampleRandom) -> None:
+        """The passes of `warm_up`."""
 
     def close(self) -> None:  # noqa: B027 (most engines keep nothing alive)
         """Let go of what would keep this engine's memory in use after its last reference."""

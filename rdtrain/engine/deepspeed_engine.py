@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO behind the engine interface; deepspeed_config.py says with which settings.
 
-The optimizer is torch's AdamW but for the blocks that it leaves out, so nothing is compiled at start.
+The optimizer is torch's AdamW but for the blocks that it leaves out, so no operator of DeepSpeed's is compiled at start.
 """
 
 import datetime
@@ -17,7 +17,7 @@ from ..distributed import PROCESS_GROUP_MINUTES, World, backend, describe_lone_p
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
-from .base import Engine, Judge, MicroBatch, TrainingModule, mean_loss
+from .base import Engine, Judge, MicroBatch, TrainingModule, differentiate, mean_loss
 from .portable import Part, flat_part, gather, scatter
 
 HOLDER = -1
@@ -100,6 +100,11 @@ class DeepSpeedEngine(Engine):
     def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
         with self._core_held():
             return self._engine(tokens, random, held_out=True)
+
+    def _pass_without_trace(self, tokens: Tensor, random: SampleRandom) -> None:
+        """Of stages 0 to 2, past DeepSpeed: its hooks on the module start timers, and those on gradients count, add up and reduce them."""
+        value, _ = self._engine.module.forward(tokens, random)
+        differentiate(value, self.model)
 
     def weights(self) -> dict[str, Tensor]:
         main, whole = self._engine.global_rank == 0, {}

@@ -4,6 +4,9 @@ A layer's weights are gathered when it runs and dropped after it. The embedding,
 the root's group with the norms and adapters, and stays whole from the start of a pass to its end. So do the layers of the core
 where an objective runs it many times over: it is gathered and its gradient reduced once, not K times. A block that a step does not
 train has no gradient at all, so it needs no more than BlockAdamW. On one rank all this computes what plain PyTorch does.
+
+What gathers and drops a layer's weights are hooks of the module, called around its `forward`. So it is that function which is compiled, and
+not the module (`nn.Module.compile` takes the hooks along, which cannot be compiled).
 """
 
 import math
@@ -16,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import World
 from ..model.layers import SandwichBlock
+from ..model.recurrent import RecurrentDepthLM
+from ..objectives import Objective
 from ..optimization import OptimizerSettings
 from ..randomness import SampleRandom
 from .base import TrainingModule
@@ -23,16 +28,19 @@ from .portable import Part, flat_part
 from .torch_engine import TorchEngine
 
 
+def sharded_layers(model: RecurrentDepthLM, objective: Objective) -> list[SandwichBlock]:
+    """The layers that are sharded each by itself; the rest of the model is the root's group."""
+    repeated = set(model.cores.modules()) if objective.repeats_core else set()
+    return [part for part in model.modules() if isinstance(part, SandwichBlock) and part not in repeated]
+
+
 def shard(module: TrainingModule, world: World, dtype: torch.dtype) -> None:
     """Shard a module in place over all ranks. dtype: what passes compute in; gradients are reduced and kept in fp32."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     # Inputs are left alone: sigma, the rotary table and the preconditioned state are fp32 in every precision.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    model = module.model
-    repeated = set(model.cores.modules()) if module.objective.repeats_core else set()
-    for part in model.modules():
-        if isinstance(part, SandwichBlock) and part not in repeated:
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+    for layer in sharded_layers(module.model, module.objective):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
@@ -46,6 +54,12 @@ class FSDPEngine(TorchEngine):
 
     def _global(self, norm: DTensor) -> Tensor:
         return norm.full_tensor()
+
+    def _pass_without_trace(self, tokens: Tensor, random: SampleRandom) -> None:
+        """Gradients are those of gathered weights, which come and go with a pass: they take all their way, and are dropped at its end."""
+        value, _ = self._module(tokens, random)
+        value.backward()
+        self._optimizer.zero_grad()
 
     def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
         nll = super().held_out_nll(tokens, random)

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, first_line
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
-from .base import Engine, Judge, MicroBatch, TrainingModule, mean_loss
+from .base import Engine, Judge, MicroBatch, TrainingModule, differentiate, mean_loss
 from .portable import Part, flat_part, gather, scatter
 
 
@@ -55,14 +54,9 @@ class TorchEngine(Engine):
     def weights(self) -> dict[str, Tensor]:
         return {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
 
-    def warm_up(self, tokens: Tensor, random: SampleRandom) -> None:
-        """UserError where the model is to be compiled and this machine cannot."""
-        try:
-            value, _ = self._module(tokens, random)
-            value.backward()
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise UserError(f"torch.compile failed ({first_line(error)}): install a C++ compiler, or set engine.compile=false") from error
-        self._optimizer.zero_grad()
+    def _pass_without_trace(self, tokens: Tensor, random: SampleRandom) -> None:
+        value, _ = self._module(tokens, random)
+        differentiate(value, self.model)
 
     def gradient_norm(self) -> float:
         return float(self._norm)

@@ -12,7 +12,7 @@ and coda layer, as DiffusionBlocks needs it (arXiv 2506.14202).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -318,12 +318,21 @@ class RecurrentDepthLM(nn.Module):
             if isinstance(module, SandwichBlock):
                 module.checkpointing = how
 
-    def compile_parts(self) -> None:
-        """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names."""
-        for part in ("_prelude", "coda", "unit_embedding", "inverse_lengths", "_part_gradients"):
-            setattr(self, part, torch.compile(getattr(self, part), dynamic=False, fullgraph=True))
-        for core in self.cores:  # their weights are inputs of the compiled code, which they share
-            core.forward = torch.compile(core.forward, dynamic=False, fullgraph=True)
+    def compile_parts(self, apart: Collection[SandwichBlock] = ()) -> None:
+        """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names.
+
+        apart: layers that an engine has hooks around, which cannot be compiled: each is compiled by itself, inside of its hooks, and a part
+        that holds such layers is not.
+        """
+        holders = [(self, "_prelude", self.prelude_layers), (self, "coda", self.coda_layers)]
+        # Weights are inputs of compiled code, so cores share theirs, and layers do. A stand-in for a core on other ranks is never called.
+        holders += [(core, "forward", core.layers) for core in self.cores if isinstance(core, Core)]
+        parts = [(holder, name) for holder, name, layers in holders if set(apart).isdisjoint(layers)]
+        if (self, "coda") not in parts:
+            parts.append((self.final_norm, "forward"))
+        parts += [(self, name) for name in ("unit_embedding", "inverse_lengths", "_part_gradients")]
+        for owner, name in [*parts, *((layer, "forward") for layer in apart)]:
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False, fullgraph=True))
 
     def condition(self, c_noise: Tensor) -> Tensor:
         """c_noise = ln(sigma) / 4, [B, 1] or [B, T], in fp32 -> the `conditioning` of `iterate` and `readout`."""

@@ -1,6 +1,7 @@
 """What an objective is: it alone decides what a training step computes, and what the model's held-out likelihood means."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..distributed import World
 from ..flops import recomputed_in_layers
 from ..model.checkpointing import LayerCheckpointing
+from ..model.layers import SandwichBlock
 from ..model.linear_cross_entropy import IGNORED
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
@@ -121,9 +123,9 @@ class Objective(ABC):
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """The model's next-token distribution as logits [B, T, V], from inputs [B, T] and noise, never from a target."""
 
-    def compile(self, model: RecurrentDepthLM) -> None:
-        """Compile what a training step computes with this model."""
-        model.compile_parts()
+    def compile(self, model: RecurrentDepthLM, apart: Collection[SandwichBlock] = ()) -> None:
+        """Compile what a training step computes with this model. apart: layers to be compiled each by itself, as `compile_parts` says."""
+        model.compile_parts(apart)
 
     @abstractmethod
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:

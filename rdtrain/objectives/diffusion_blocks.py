@@ -11,6 +11,8 @@ Whatever the partition, the cross-entropy of each noise level is learned on the 
 the levels by where partition=equal_information.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from ..distributed import World
 from ..flops import forward_flops, recomputed_in_layers
 from ..model.denoiser import denoise, denoise_state
 from ..model.information import InformationEstimate
+from ..model.layers import SandwichBlock
 from ..model.linear_cross_entropy import IGNORED
 from ..model.noise import NoiseSchedule, NoiseSettings, edm_weight
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
@@ -52,9 +55,9 @@ class DiffusionBlocks(Objective):
         self._divide()
         self._denoise_state = denoise_state
 
-    def compile(self, model: RecurrentDepthLM) -> None:
-        super().compile(model)
-        if self.blocks == 1:  # of several, the cores alone share their compiled code
+    def compile(self, model: RecurrentDepthLM, apart: Collection[SandwichBlock] = ()) -> None:
+        super().compile(model, apart)
+        if self.blocks == 1 and not apart:  # of several, the cores alone share their compiled code
             self._denoise_state = torch.compile(denoise_state, dynamic=False, fullgraph=True)
 
     def _divide(self) -> None:

@@ -3,7 +3,9 @@
 The loop is written out here: whole global batches, torch's AdamW, its own clipping, no engine. A case is an engine, an objective with or
 without activation checkpointing, a number of micro-batches and a precision; a line of notes holds its largest deviations. What else a
 case must show: gathered weights that are the loop's, weights sharded between steps where they should be and gathered no oftener for a
-deeper step, the same held-out likelihood as without sharding, and a run that was saved and loaded going on bit for bit.
+deeper step, the same held-out likelihood as without sharding, and a run that was saved and loaded going on bit for bit. Compiled cases
+compile nothing after half of the steps, and a run that is warmed up, at its start and after every step, is to the bit the one that was
+not. `short` compiles without the last stage, which writes the kernels' code and takes minutes of C++; `full` with it.
 """
 
 import functools
@@ -13,6 +15,7 @@ from contextlib import nullcontext
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from processes import ARGUMENTS, DEVICE, RATE, VOCABULARY, mean_of_ranks, micro_batch, plain_adamw, run_cases, whole_snapshot
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +40,8 @@ WAYS = {
     "fsdp": {"name": "fsdp"},
     **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)},
     **{f"zero-{stage}-offload": {"name": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)},
+    **{f"zero-{stage}-compiled": {"name": "deepspeed", "zero_stage": stage, "compile": True} for stage in (0, 1, 2)},
+    "fsdp-compiled": {"name": "fsdp", "compile": True},
 }
 OBJECTIVES = {
     "diffusion_blocks": {"name": "diffusion_blocks"},
@@ -55,6 +60,9 @@ FULL = [
     for checkpointing in ((False, True) if OBJECTIVES[objective]["name"] == "bptt" else (False,))
     for accumulation in (1, 4)
 ]
+COMPILED = [("diffusion_blocks", False, 4, "fp32"), ("truncated", True, 4, "fp32"), ("chain", False, 4, "bf16")]
+SHORT_COMPILED = {"zero-0": 0, "zero-1": 1, "zero-2": 0, "fsdp": 2}
+"""How many of these `short` has."""
 CHECKPOINTING = {"activation_checkpointing": True, "layer_checkpointing": "full"}
 STEPS = {"short": 8, "full": 50}
 
@@ -63,7 +71,10 @@ def cases(length: str) -> list[str]:
     """The names of the cases of `short` or `full`, in the order in which they run."""
     names = []
     for way in WAYS:
-        chosen = FULL if length == "full" else SHORT[2:3] if way.endswith("offload") else SHORT
+        if way.endswith("compiled"):
+            chosen = COMPILED if length == "full" else COMPILED[: SHORT_COMPILED[way.removesuffix("-compiled")]]
+        else:
+            chosen = FULL if length == "full" else SHORT[2:3] if way.endswith("offload") else SHORT
         names += [" ".join((way, name, "checkpointed" if again else "plain", f"{count}x", precision))
                   for name, again, count, precision in chosen]
     return names
@@ -129,6 +140,7 @@ def check(case: str, steps: int, world: World) -> str:
     settings, accumulation = EngineSettings(**WAYS[way], precision=precision), int(accumulation[:-1])
     tolerance = (CHAIN_TOLERANCE if name == "chain" else TOLERANCE)[precision]
     losses, norms, weights, nll = plain_run(name, steps)
+    torch._dynamo.reset()  # compiled code is kept for each function, and the case before has filled its place
     micro, exact = GLOBAL // accumulation // world.size, precision == "fp32"
 
     def start():
@@ -151,12 +163,22 @@ def check(case: str, steps: int, world: World) -> str:
     def likelihood(engine) -> float:
         return engine.held_out_nll(*held_out()).mean().item()
 
+    def warm_up(engine) -> None:
+        """Where the engine compiles; nothing elsewhere."""
+        if not settings.compile:
+            return
+        engine.warm_up(*micro_batch(range(world.rank * micro, (world.rank + 1) * micro), 0))
+        assert all(parameter.grad is None for parameter in engine.model.parameters())
+
     engine = start()
-    middle = steps // 2
+    middle, compiled_before = steps // 2, counters["stats"]["unique_graphs"]
     found = train(engine, 0, middle)
     likelihood(engine)  # between steps it changes nothing
     saved = whole_snapshot(engine, world)
+    graphs = counters["stats"]["unique_graphs"]
+    assert (graphs > compiled_before) == settings.compile
     found += train(engine, middle, steps)
+    assert counters["stats"]["unique_graphs"] == graphs, f"{case}: something is compiled after step {middle}"
     if settings.name == "fsdp" or settings.zero_stage == 3:
         check_sharding(engine)
     off = max(abs(loss - right) / right for (loss, _), right in zip(found, losses))
@@ -174,11 +196,15 @@ def check(case: str, steps: int, world: World) -> str:
         error = (tensor.float() - right).norm() / right.norm().clamp(min=1)
         assert error < WEIGHT_TOLERANCE[precision], f"{case}: {key} is off by {error:.1e}"
 
-    if accumulation == 1:
+    if accumulation == 1 and not settings.compile:
         return f"{off:.1e} {norm_off:.1e}"  # saving and loading has nothing to do with accumulation: once is enough
-    again = start()
+    again, continued = start(), []
+    warm_up(again)
     again.restore(saved.__getitem__)
-    assert train(again, middle, steps) == found[middle:], f"{case}: a resumed run is not the whole one"
+    for step in range(middle, steps):
+        continued += train(again, step, step + 1)
+        warm_up(again)
+    assert continued == found[middle:], f"{case}: a resumed run is not the whole one"
     resumed = again.weights()
     assert all(resumed[key].equal(gathered[key]) for key in gathered)
     return f"{off:.1e} {norm_off:.1e}"
@@ -186,4 +212,6 @@ def check(case: str, steps: int, world: World) -> str:
 
 if __name__ == "__main__":
     sys.modules[deepspeed_config.__module__].PERSISTENT = 0  # else stage 3 would leave all of so small a model whole
+    if ARGUMENTS[1] == "short":
+        torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     run_cases(cases(ARGUMENTS[1]), lambda case, world: check(case, STEPS[ARGUMENTS[1]], world))
