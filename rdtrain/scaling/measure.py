@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -16,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 from ..data.output import write_atomically
 from ..errors import UserError, user_errors_as_exit
 from ..hardware import GPUS, Gpu
 from .jobs import Job, Model, jobs_of, order_of, room_of
+from .processes import end_tree, last_words, launcher
 
 GRACE = 45
 """Seconds that a measurement may go on when time is over."""
@@ -42,33 +41,6 @@ class Start:
         """The arms that are in bench.json."""
         path = self.folder / "bench.json"
         return [row["arm"] for row in json.loads(path.read_text())["measurements"]] if path.exists() else []
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def launcher(processes: int) -> list[str]:
-    """The command that starts so many processes of a module, by torchrun."""
-    place = ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return [sys.executable, "-m", "torch.distributed.run", *place, "-m"]
-
-
-def end_tree(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        family = []
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            pass
-    process.wait()
 
 
 def visible() -> tuple[list[str], Gpu | None]:
@@ -155,13 +127,6 @@ def _watch(process: subprocess.Popen, start: Start, stall: float, deadline: floa
     finally:
         if process.poll() is None:
             end_tree(process)
-
-
-def last_words(path: Path) -> str:
-    """The line of an output that says best why it ended."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"rdtrain: |[A-Z]\w*(Error|Exception)\b", line) and "ChildFailedError" not in line]
-    return (telling or lines or ["it said nothing"])[-1][:400]
 
 
 def measure(options: argparse.Namespace) -> bool:

@@ -18,7 +18,7 @@ import psutil
 from ..data.output import write_atomically
 from ..errors import UserError, user_errors_as_exit
 from ..metrics import read_metrics
-from .measure import end_tree, free_port, last_words
+from .processes import end_tree, free_port, last_words
 
 TRAIN = Path(__file__).parents[2] / "launch/train.py"
 LIMIT = 0.02
