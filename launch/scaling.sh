@@ -102,7 +102,7 @@ resume() {
     data || return
     rm -rf "$folder/resume"
     limited "${STAGE_SECONDS:-400}" rdtrain.scaling.resume configs/quickstart.yaml evaluation.sequences=16 ${SETTINGS:-} --shards "$shards" \
-        --ranks "$most" --steps "${RESUME_STEPS:-400}" --output "$folder/resume/resume.json"
+        --ranks "$most" --steps "${RESUME_STEPS:-200}" --output "$folder/resume/resume.json"
 }
 
 measure() {

@@ -63,8 +63,8 @@ def _measured(findings: Findings, rows: list[Row]) -> list[str]:
     if not made:
         return ["Nothing has been measured."]
     sources = sorted({f"{row.objective}: {findings.hfu(row)[1]}" for row in rows if row.found and findings.hfu(row)[0]})
-    return [*table(header, made), "", "Predicted times are `rdtrain plan`'s, at the HFU of each arm's own layout on one GPU or, where that was "
-            f"not measured, of another ({'; '.join(sources) or 'none is known'}). Sequences are of a GPU; weak scaling is of tokens/s a GPU."]
+    return [*table(header, made), "", "Predicted times are `rdtrain plan`'s, at the HFU of each arm's own layout on one GPU or, where that "
+            f"was not measured, of another ({'; '.join(sources) or 'none is known'}). Sequences are of a GPU; weak scaling is of tokens/s a GPU."]
 
 
 def name_of(row: Row) -> str:
@@ -134,9 +134,11 @@ def _resume(findings: Findings) -> list[str]:
     return [
         "## Killed, and gone on elsewhere", "",
         f"{found['steps']} steps under {found['engine']} on {found['ranks']}: rank {found['rank']} was killed (SIGKILL) in or after step "
-        f"{found['step_when_killed']}, the launcher ended with {found['launcher_code']}, and the run went on from step {found['resumed_from']} "
-        f"under {found['resumed_engine']} on {found['resumed_ranks']}. Of the {found['compared_steps']} losses after that, the largest "
-        f"deviation from a run that nobody killed is {found['largest_deviation']:.1e}, in step {found['at_step']}.",
+        f"{found['step_when_killed']}, the launcher ended with {found['launcher_code']}, and the run went on from step "
+        f"{found['resumed_from']} "
+        f"under {found['resumed_engine']} on {found['resumed_ranks']}. The next {found['compared_steps']} losses are off those of a run that "
+        f"nobody killed by at most {found['largest_deviation']:.1e} (step {found['at_step']}), relative, and all to the end by "
+        f"{found['largest_deviation_to_the_end']:.1e}.",
     ]
 
 

@@ -21,8 +21,9 @@ from ..metrics import read_metrics
 from .processes import end_tree, free_port, last_words
 
 TRAIN = Path(__file__).parents[2] / "launch/train.py"
-LIMIT = 0.02
-"""How far a loss may be off, relative: what bf16 makes of other sums (tests/distributed/test_snapshots.py has the same)."""
+LIMIT, WINDOW = 0.02, 50
+"""How far a loss may be off, relative, in so many steps after the resume: what bf16 makes of other sums (tests/distributed/test_snapshots.py
+has the same). What was not restored shows at once; later, rounding alone drives two runs apart."""
 
 
 def deepspeed_command(ranks: int) -> list[str]:
@@ -138,11 +139,13 @@ def drill(options: argparse.Namespace) -> dict:
     after = [step for step in right if step > found["resumed_from"]]
     if set(got) != set(right) or len(right) != options.steps:
         raise UserError(f"the runs have the losses of {len(right)} and {len(got)} steps, of {options.steps}: see {work.folder}")
-    worst = max(after, key=lambda step: abs(got[step] - right[step]) / right[step])
-    off = abs(got[worst] - right[worst]) / right[worst]
+    deviation = {step: abs(got[step] - right[step]) / right[step] for step in after}
+    worst = max(after[:WINDOW], key=deviation.__getitem__)
+    off = deviation[worst]
     return found | {
         "steps": options.steps, "ranks": options.ranks, "engine": "ZeRO-1", "resumed_ranks": other, "resumed_engine": "FSDP2",
-        "compared_steps": len(after), "largest_deviation": off, "at_step": worst, "limit": LIMIT, "equal": off <= LIMIT,
+        "compared_steps": len(after[:WINDOW]), "largest_deviation": off, "at_step": worst, "limit": LIMIT, "equal": off <= LIMIT,
+        "largest_deviation_to_the_end": max(deviation.values()),
         "identical_before": all(got[step] == right[step] for step in right if step <= found["resumed_from"]),
         "losses": {"whole": right, "killed": got},
     }
@@ -155,7 +158,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings of all runs; before the options")
     parser.add_argument("--shards", type=Path, required=True, help="folder with train and validation shards")
     parser.add_argument("--ranks", type=int, required=True, help="processes of the run that is killed; half as many go on")
-    parser.add_argument("--steps", type=int, default=400, help="of the run; a quarter of them between checkpoints")
+    parser.add_argument("--steps", type=int, default=200, help="of the run; a quarter of them between checkpoints")
     parser.add_argument("--sequences", type=int, default=16, help="of the global batch")
     parser.add_argument("--within", type=float, default=1.0, help="seconds after the first checkpoint, within which the kill comes")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a run may take")
