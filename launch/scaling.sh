@@ -77,7 +77,7 @@ equality() {
         > "$folder/equality/output" 2>&1
     local code=$?
     grep -aE '^tests/.* (PASSED|FAILED|ERROR)|^E  |^=+ .* in ' "$folder/equality/output" | cut -c 1-300
-    [ "$code" = 0 ] && touch "$folder/equality/complete"
+    if [ "$code" = 0 ]; then touch "$folder/equality/complete"; else tail -n 1 "$folder/equality/output"; fi
     return "$code"
 }
 

@@ -136,6 +136,16 @@ def test_efficiencies_predictions_and_bars_of_what_was_measured(measured):
     (measured / "equality").mkdir()
     (measured / "equality/output").write_text("tests/a.py::one PASSED [ 50%]\ntests/a.py::two[x] FAILED [100%]\ntests/a.py::three ")
     assert equality_of(measured / "equality/output") == {"tests/a.py::one": "passed", "tests/a.py::two[x]": "failed"}
+    (measured / "equality/output").write_text("tests/a.py::one PASSED [ 50%]\ntests/a.py::three ")
+    assert Findings(measured).bars()[0].met is None  # cut off
+    (measured / "equality/complete").touch()
+    assert Findings(measured).bars()[0].met is True
+    (measured / "equality/complete").unlink()
+    (measured / "equality/output").write_text("tests/a.py::two[x] FAILED [100%]\n")
+    resume = dict(steps=9, engine="ZeRO-1", ranks=2, rank=1, step_when_killed=5, launcher_code=1, resumed_from=4, resumed_engine="FSDP2",
+                  resumed_ranks=1, compared_steps=5, largest_deviation=0.03, at_step=7, largest_deviation_to_the_end=0.03, limit=0.02, equal=False)
+    (measured / "resume").mkdir()
+    (measured / "resume/resume.json").write_text(json.dumps(resume))
     findings = Findings(measured)
     row = findings.find(layout="ZeRO-1", gpus=2, blocks=1)
     assert findings.efficiency(row) == pytest.approx(77 / 80) and findings.hfu(row) == (0.5, "ZeRO-1 on 1")
@@ -150,14 +160,14 @@ def test_efficiencies_predictions_and_bars_of_what_was_measured(measured):
     assert met == {
         "tests/distributed on these devices": False,
         "losses of all layouts equal within bf16 noise": False,  # 2.5e-2 off, where plain PyTorch is 5e-3 off
-        "a killed run goes on elsewhere with the losses of one that was not": None,
+        "a killed run goes on elsewhere with the losses of one that was not": False,
         "857M, blocks, ZeRO-1: weak scaling on 2 at least 95%": True, "857M, blocks, ZeRO-1: weak scaling on 8 at least 90%": None,
         "857M, blocks, FSDP2: weak scaling on 2 at least 95%": False, "857M, blocks, FSDP2: weak scaling on 8 at least 90%": None,
         f"857M, block-parallel on 2: sends less than data-parallel by at least the core's share, {share:.1%}": True,
     }
     text = page(findings)
     assert "| 2 | blocks | ZeRO-1 | 8 | 77,000 | 50.0% |" in text and "2.0 | " in text and "96.2% |" in text
-    assert "blocks, ZeRO-2 on 2: failed: it stalled" in text
+    assert "blocks, ZeRO-2 on 2: failed: it stalled" in text and "the run went on from step 4 under FSDP2 on 1" in text
     assert "A projection, not a measurement" in text and "| 1,024 | blocks, 2 untied | block-parallel |" in text
 
 

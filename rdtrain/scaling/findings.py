@@ -140,7 +140,7 @@ class Findings:
 
     def bars(self) -> list[Bar]:
         """All that must hold, of each model."""
-        bars = [_all_equal(self.equality), self._losses_bar()]
+        bars = [_all_equal(self.equality, (self.folder / "equality/complete").exists()), self._losses_bar()]
         resume = self.resume
         found = "" if resume is None else f"losses within {resume['largest_deviation']:.1e}, the limit being {resume['limit']:g}"
         bars.append(Bar("a killed run goes on elsewhere with the losses of one that was not", found, resume and resume["equal"]))
@@ -179,9 +179,9 @@ def equality_of(path: Path) -> dict[str, str]:
     return {name: word.lower() for name, word in re.findall(r"^(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)", text, re.M)}
 
 
-def _all_equal(equality: dict[str, str]) -> Bar:
+def _all_equal(equality: dict[str, str], complete: bool) -> Bar:
+    """complete: whether pytest came to its end, with every test passed."""
     passed = sum(word == "passed" for word in equality.values())
-    return Bar(
-        "tests/distributed on these devices", f"{passed} of {len(equality)} pass" if equality else "",
-        passed == len(equality) if equality else None,
-    )
+    found = f"{passed} of {len(equality)} pass" + ("" if complete else ", and not all have ended" * (passed == len(equality)))
+    failed = False if passed < len(equality) else None
+    return Bar("tests/distributed on these devices", found if equality else "", complete or failed)

@@ -135,9 +135,8 @@ def _resume(findings: Findings) -> list[str]:
         "## Killed, and gone on elsewhere", "",
         f"{found['steps']} steps under {found['engine']} on {found['ranks']}: rank {found['rank']} was killed (SIGKILL) in or after step "
         f"{found['step_when_killed']}, the launcher ended with {found['launcher_code']}, and the run went on from step "
-        f"{found['resumed_from']} "
-        f"under {found['resumed_engine']} on {found['resumed_ranks']}. The next {found['compared_steps']} losses are off those of a run that "
-        f"nobody killed by at most {found['largest_deviation']:.1e} (step {found['at_step']}), relative, and all to the end by "
+        f"{found['resumed_from']} under {found['resumed_engine']} on {found['resumed_ranks']}. The next {found['compared_steps']} losses are "
+        f"off those of a run that nobody killed by at most {found['largest_deviation']:.1e} (step {found['at_step']}), relative, and all to the end by "
         f"{found['largest_deviation_to_the_end']:.1e}.",
     ]
 
