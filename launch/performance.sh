@@ -45,8 +45,7 @@ truncated) bench 1b $(batch_of 4) -- "${large[@]}" --compare blocks truncated ;;
 full) bench 1b $(batch_of 1) -- "${large[@]}" --compare blocks full ;;
 small) bench 70m -- --vocab-size 8192 --compare blocks one_pass truncated local full ;;
 huginn)
-    bench 1b $(batch_of 1) model.width=5280 model.heads=55 model.mlp_width=17920 data.sequence_length=4096 -- --vocab-size 65536 \
-        --steps 5 --warmup 2 --compare blocks truncated "truncated objective.activation_checkpointing=true" full \
+    bench 3.5b -- --vocab-size 65536 --steps 5 --warmup 2 --compare blocks truncated "truncated objective.activation_checkpointing=true" full \
         "full objective.activation_checkpointing=true" ;;
 batch) bench 1b -- "${large[@]}" --steps 10 --warmup 3 --compare blocks --sweep $(batch_of 4,8,16,24,32) ;;
 iterations)

@@ -254,6 +254,9 @@ def _add_bench(verbs) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write bench.json there and, of a sweep, sweep.png")
     parser.add_argument("--resume", action="store_true", help="keep the measurements that the output folder has")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="begin no further measurement once they are over; --resume makes what is left"
+    )
 
 
 def _bench(arguments) -> None:
@@ -266,7 +269,7 @@ def _bench(arguments) -> None:
     from .config import load_config
 
     effort = Effort(arguments.warmup, arguments.steps, arguments.tokens == "shards", arguments.profile)
-    names = ("compare", "sweep", "vocab_size", "output", "resume")
+    names = ("compare", "sweep", "vocab_size", "output", "resume", "budget")
     settings = BenchSettings(effort, **{name: getattr(arguments, name) for name in names})
     text = bench(load_config(arguments.config, arguments.overrides), settings)
     if text is not None:

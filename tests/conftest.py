@@ -175,13 +175,16 @@ def rdtrain():
 
 @pytest.fixture
 def deepspeed():
-    """Run `deepspeed launch/train.py ARGUMENTS` on a number of CPU processes; with `gpus`, on as many GPUs where there are so many."""
+    """Run `deepspeed launch/train.py ARGUMENTS` on a number of CPU processes; with `gpus`, on as many GPUs where there are so many, and
+    where the environment has RDTRAIN_TEST_GPUS nowhere else."""
 
     def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py", gpus: bool = False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port), "--"]
+        if gpus and "RDTRAIN_TEST_GPUS" in os.environ and torch.cuda.device_count() < processes:
+            pytest.fail(f"RDTRAIN_TEST_GPUS is set, and there are {torch.cuda.device_count()} GPUs for {processes} processes")
         accelerator = {} if gpus and torch.cuda.device_count() >= processes else {"DS_ACCELERATOR": "cpu"}
         return start([*command, script, *map(str, arguments)], timeout, OMP_NUM_THREADS="1", **accelerator)
 

@@ -14,7 +14,7 @@ import rdtrain.bench.command as command
 from rdtrain.bench.arms import cases
 from rdtrain.bench.command import BenchSettings, bench
 from rdtrain.bench.measure import Effort, step_flops
-from rdtrain.bench.trace import covered
+from rdtrain.bench.trace import covered, lengths
 from rdtrain.config import load_config, override
 from rdtrain.distributed import World
 from rdtrain.errors import UserError
@@ -135,6 +135,30 @@ def test_the_length_of_a_union_of_intervals():
     starts = random.integers(0, 500, 60)
     intervals = [(int(start), int(start + length)) for start, length in zip(starts, random.integers(0, 30, 60))]
     assert covered(intervals) == len({second for start, end in intervals for second in range(start, end)})
+
+
+def test_messages_are_exposed_where_no_other_kernel_runs():
+    assert lengths([("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 0, 10), ("gemm", 4, 6), ("Memcpy DtoD", 8, 12)]) == (12, 10, 8)
+    assert lengths([("gemm", 0, 5)]) == (5, 0, 0) and lengths([]) == (0, 0, 0)
+    random = np.random.default_rng(1)
+    names = ["ncclDevKernel_ReduceScatter", "ncclDevKernel_AllGather", "gemm", "flash", "Memset (Device)", "Memcpy HtoD (Pinned)"]
+    ran = [(names[kind], int(start), int(start + length))
+           for kind, start, length in zip(random.integers(0, 6, 80), random.integers(0, 900, 80), random.integers(0, 30, 80))]
+    at = [{name for name, start, end in ran if start <= moment < end} for moment in range(1000)]
+    messages = [any("nccl" in name for name in running) for running in at]
+    alone = [here and not running & {"gemm", "flash"} for here, running in zip(messages, at)]
+    assert lengths(ran) == (sum(map(bool, at)), sum(messages), sum(alone)) and 0 < sum(alone) < sum(messages)
+
+
+def test_a_budget_leaves_measurements_to_the_next_start(config, tmp_path, on_cpu):
+    settings = BenchSettings(EFFORT, ["blocks", "one_pass", "truncated"], vocab_size=300, output=tmp_path / "out", budget=0)
+    for made in (1, 2, 3):  # one a start
+        text = bench(config, dataclasses.replace(settings, resume=True))
+        report = json.loads((tmp_path / "out/bench.json").read_text())
+        assert len(report["measurements"]) == made and report["complete"] == (made == 3)
+        assert (f"{3 - made} measurements were left" in text) == (made < 3)
+    with pytest.raises(UserError, match="--budget leaves measurements to a later --resume"):
+        BenchSettings(EFFORT, budget=1)
 
 
 def test_peaks_are_of_the_right_device():

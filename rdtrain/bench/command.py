@@ -6,6 +6,7 @@ With an output folder each measurement is written down as soon as it is made, so
 
 import gc
 import json
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from .report import plot_sweep, tables
 @dataclass
 class BenchSettings:
     """What is measured, of which config. compare, sweep: see `cases`. vocab_size: of random tokens; None for that of the config's shards.
-    output: a folder for bench.json and, of a sweep, sweep.png; resume: keep the measurements that it has."""
+    output: a folder for bench.json and, of a sweep, sweep.png; resume: keep the measurements that it has. budget: seconds after which no
+    further measurement is begun."""
 
     effort: Effort = field(default_factory=Effort)
     compare: list[str] = field(default_factory=list)
@@ -34,6 +36,7 @@ class BenchSettings:
     vocab_size: int | None = None
     output: Path | None = None
     resume: bool = False
+    budget: float | None = None
 
     def __post_init__(self):
         """UserError for what cannot be run."""
@@ -46,11 +49,13 @@ class BenchSettings:
             raise UserError("--vocab-size is of random tokens, and --tokens is shards, which have their own: leave one of them out")
         if self.resume and self.output is None:
             raise UserError("--resume goes on with what an --output folder has, and there is none: give --output FOLDER")
+        if self.budget is not None and self.output is None:
+            raise UserError("--budget leaves measurements to a later --resume, for which they must be kept: give --output FOLDER")
 
 
 def bench(config: Config, settings: BenchSettings) -> str | None:
     """Measure; returns the tables, on rank 0 alone. Every rank calls this. UserError for anything that a user can mend."""
-    world, effort = World.from_environment(), settings.effort
+    world, effort, started = World.from_environment(), settings.effort, time.monotonic()
     reader = _reader(config, settings)
     vocab_size = settings.vocab_size or reader.vocab_size
     planned = cases(config, settings.compare, settings.sweep)
@@ -64,10 +69,13 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {error.filename} cannot be made ({error.strerror}): choose another --output or --profile") from None
-    kept, rows = _kept(settings, report) if settings.resume else [], []
+    kept, rows, made = _kept(settings, report) if settings.resume else [], [], 0
     for case, row in zip(planned, known, strict=True):
         before = [other for other in kept if _same(other, row)]
+        if not before and made and settings.budget is not None and world.maximum(time.monotonic() - started) > settings.budget:
+            continue
         rows.append(before[0] if before else _measure_or_run_out(case, row, world, effort))
+        made += not before
         if settings.output is not None and world.is_main:
             done = {"complete": len(rows) == len(planned), "measurements": [asdict(row) for row in rows]}
             write_atomically(settings.output / "bench.json", json.dumps(report | done, indent=1) + "\n")
@@ -76,7 +84,9 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
         return None
     if swept is not None and settings.output is not None:
         plot_sweep(rows, swept, settings.output / "sweep.png")
-    return tables(rows, swept)
+    missing = len(planned) - len(rows)
+    left = f"\n{missing} measurements were left, as {settings.budget:g} s are over: --resume makes them." if missing else ""
+    return tables(rows, swept) + left
 
 
 def _reader(config: Config, settings: BenchSettings) -> ShardReader | None:

@@ -20,7 +20,7 @@ from ..data.loader import rank_indices, read_ahead
 from ..data.mixture import open_loader
 from ..distributed import World, agree, on_device, pinned
 from ..engine import build_engine, start_processes
-from ..estimate import Shares, model_on_paper, rank_memory
+from ..estimate import Shares, model_on_paper, rank_memory, step_traffic
 from ..faults import StepJudge
 from ..hardware import peak_flops
 from ..metrics import MetricSums
@@ -63,6 +63,8 @@ class Measurement:
     step_seconds: `median`, `p10`, `p90` and `mean` of the timed steps; `typical`, the median where they all do the same work and the mean
         where their depths differ: every rate is by it.
     enqueue_seconds: CUDA: of the host, to enqueue a step for an idle device. busy_seconds: CUDA: of the device, running kernels.
+    message_seconds, exposed_seconds: CUDA: of NCCL's kernels, which wait for other ranks as well, and of those while no other kernel runs;
+        means over the ranks.
     host_bound: whether the device has nothing to do for a tenth of a step or more; None where that is not known.
     compile_seconds: of torch.compile and the first forward and backward pass, with engine.compile.
     mfu, hfu: shares of the devices' peak without and with what the backward pass computes again; None where no peak is known.
@@ -70,6 +72,7 @@ class Measurement:
         `left_over` is what cases before this one have left allocated (a few MiB; ZeRO-3 leaves more); the peak is without it.
     estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, logits and gathered weights, gradients apart; `peak`
         weights, optimizer state, messages and the larger of passes and gradients, see docs/performance.md.
+    traffic: bytes that a rank sends, by kind of collective, by the same arithmetic.
     """
 
     arm: str
@@ -87,6 +90,7 @@ class Measurement:
     sequence_length: int
     tokens_per_step: int
     estimate: dict[str, float]
+    traffic: dict[str, float]
     out_of_memory: str | None = None
     steps: int = 0
     step_seconds: dict[str, float] = field(default_factory=dict)
@@ -102,6 +106,8 @@ class Measurement:
     first_step_seconds: float | None = None
     enqueue_seconds: float | None = None
     busy_seconds: float | None = None
+    message_seconds: float | None = None
+    exposed_seconds: float | None = None
     host_bound: bool | None = None
     skipped_steps: int = 0
     memory: dict[str, int | None] = field(default_factory=dict)
@@ -128,6 +134,7 @@ def on_paper(case: Case, world: World, vocab_size: int, effort: Effort, bos_id: 
             "weights": memory.weights, "gradients": memory.gradients, "optimizer_state": memory.optimizer_state,
             "passes": memory.passes, "peak": memory.peak(accumulation),
         },
+        traffic=asdict(step_traffic(shares, config, objective, dtype.itemsize, accumulation, world.size)),
     )
 
 
@@ -188,6 +195,8 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort) -> Mea
         memory |= asdict(split) | {"peak": int(world.maximum(max(peak, split.peak) - left_over)), "left_over": left_over}
         trace = _trace(advance, case, effort, world, result.files)
         judge.read(last_too=True)
+        if world.size > 1:
+            result.message_seconds, result.exposed_seconds = _means(world, trace.message_seconds, trace.exposed_seconds)
     engine.close()
 
     result.memory, result.skipped_steps, result.steps = memory, judge.total, effort.steps
@@ -243,6 +252,11 @@ def _batches(config: Config, model: ModelConfig, world: World, shards: bool, ste
     shape = (batch.micro_sequences, config.data.sequence_length + 1)
     pool: list[Tensor] = [torch.randint(model.vocab_size, shape, generator=generator) for _ in range(POOL)]
     return ([(share, pool[(step + number) % POOL]) for number, share in enumerate(shares(step))] for step in range(steps))
+
+
+def _means(world: World, *values: float | None) -> list[float | None]:
+    """Over the ranks; None for what one of them does not know. Collective."""
+    return [None if None in column else statistics.mean(column) for column in zip(*world.gather(values))]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..tables import columns
+from ..tables import bytes_text, columns
 from .measure import Measurement
 
 GIB = 2**30
@@ -39,6 +39,8 @@ def _time(rows: list[Measurement], swept: str | None) -> str:
     header = [
         "", "ms/step", "p10 to p90", "tokens/s", "model TFLOP/s", "MFU", "HFU", "host ms", "busy ms", "bound by", "compile s", "time x",
     ]
+    several = any(row.ranks > 1 for row in rows)
+    header += ["message ms", "exposed ms", "sent"] * several
     lines = []
     for row in rows:
         if row.out_of_memory:
@@ -50,6 +52,7 @@ def _time(rows: list[Measurement], swept: str | None) -> str:
             f"{row.tokens_per_second:,.0f}", f"{1e-12 * row.model_flops_per_second:.3g}", _share(row.mfu), _share(row.hfu),
             _ms(row.enqueue_seconds), _ms(row.busy_seconds), {None: "-", True: "host", False: "device"}[row.host_bound],
             "-" if row.compile_seconds is None else f"{row.compile_seconds:.1f}", _times(ratio(row, rows, seconds_per_token)),
+            *[_ms(row.message_seconds), _ms(row.exposed_seconds), bytes_text(sum(row.traffic.values()))] * several,
         ])
     return columns([header, *lines])
 

@@ -1,4 +1,4 @@
-"""What a device does in a step, by torch's profiler: for how long it is busy, and with which kernels."""
+"""What a device does in a step, by torch's profiler: for how long it is busy, with which kernels, and for how long with messages alone."""
 
 import re
 from collections import Counter
@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 COSTLIEST = 10
 ATTENTION = re.compile("flash|fmha|sdpa|attention", re.IGNORECASE)
+MESSAGE = re.compile("nccl", re.IGNORECASE)
+COPY = re.compile("Memcpy|Memset")
 
 
 @dataclass
@@ -29,11 +31,14 @@ class Trace:
     """Of a step, the mean over those that were profiled.
 
     busy_seconds: CUDA: for how long the device had any kernel or copy to run; None on the CPU, and where the profiler saw no kernels.
+    message_seconds, exposed_seconds: the same of NCCL's kernels, which wait for other ranks as well, and of those when no other kernel runs.
     kernels: the costliest, costliest first.
     attention: names of the attention kernels among all.
     """
 
     busy_seconds: float | None = None
+    message_seconds: float | None = None
+    exposed_seconds: float | None = None
     kernels: list[Kernel] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
 
@@ -49,11 +54,11 @@ def trace_steps(step: Callable[[], None], steps: int, device: torch.device, host
             torch.cuda.synchronize()
     if path is not None:
         profiler.export_chrome_trace(str(path))
-    seconds, calls, intervals = Counter(), Counter(), []
+    seconds, calls, ran = Counter(), Counter(), []
     if cuda:
         for event in profiler.events():
             if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-                intervals.append((event.time_range.start, event.time_range.end))
+                ran.append((event.name, event.time_range.start, event.time_range.end))
                 seconds[event.name] += 1e-6 * event.time_range.elapsed_us()
                 calls[event.name] += 1
     else:
@@ -62,8 +67,8 @@ def trace_steps(step: Callable[[], None], steps: int, device: torch.device, host
             calls[average.key] += average.count
     total = sum(seconds.values())
     kernels = [Kernel(name, calls[name] / steps, spent / steps, spent / total) for name, spent in seconds.most_common(COSTLIEST)]
-    busy = 1e-6 * covered(intervals) / steps if intervals else None
-    return Trace(busy, kernels, sorted(name for name in seconds if ATTENTION.search(name)))
+    of_step = [1e-6 * length / steps if ran else None for length in lengths(ran)]
+    return Trace(*of_step, kernels, sorted(name for name in seconds if ATTENTION.search(name)))
 
 
 def covered(intervals: list[tuple[float, float]]) -> float:
@@ -73,6 +78,15 @@ def covered(intervals: list[tuple[float, float]]) -> float:
         length += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return length
+
+
+def lengths(ran: list[tuple[str, float, float]]) -> tuple[float, float, float]:
+    """Of the kernels and copies (name, start, end) that a device ran: for how long it ran any, a kernel of NCCL's, and one of these while
+    no other kernel ran. A copy hides no message, as it computes nothing."""
+    messages = [(start, end) for name, start, end in ran if MESSAGE.search(name)]
+    computing = [(start, end) for name, start, end in ran if not MESSAGE.search(name) and not COPY.match(name)]
+    exposed = covered(messages + computing) - covered(computing)
+    return covered([(start, end) for _, start, end in ran]), covered(messages), exposed
 
 
 def write_memory_snapshot(step: Callable[[], None], path: Path) -> None:

@@ -80,8 +80,7 @@ class BlockParallelEngine(TorchEngine):
         self._shared = FlatGradients((p for name, p in self.model.named_parameters() if not name.startswith("cores.")), room=1)
         self._reduction: dist.Work | None = None
         self._awaited = 0
-        for parameter in self._core.parameters:
-            parameter.register_post_accumulate_grad_hook(self._core_gradient_ready)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._core_gradient_ready) for p in self._core.parameters]
         self.facts = {"block_parallel": self._facts()}
 
     def _facts(self) -> dict:
@@ -135,6 +134,11 @@ class BlockParallelEngine(TorchEngine):
         self._shared.message.mul_(self._weight / self._world.size)
         dist.all_reduce(self._shared.message)
         self._norm = (torch.linalg.vector_norm(self._shared.gradients).square() + self._shared.message[-1]).sqrt()
+
+    def close(self) -> None:
+        """Autograd keeps hooks, and with them the engine, where the garbage collector does not look."""
+        for hook in self._hooks:
+            hook.remove()
 
     def weights(self) -> dict[str, Tensor]:
         """On rank 0 for the time of a save the cores of all blocks, on the CPU."""

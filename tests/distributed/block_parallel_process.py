@@ -6,6 +6,8 @@ torch.distributed is really asked to reduce.
 """
 
 import functools
+import gc
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -169,6 +171,12 @@ def check(case: str, world: World) -> str:
     weight_off = largest_difference(gathered, weights)
     assert weight_off < (5e-6 if exact else 3 * RATE * optimizer.embedding_scale), f"weights are off by {weight_off}"
     check_resumed(build, train, found, measured, gathered, weights, world, compiled)
+    model = weakref.ref(engine.model)
+    engine.close()
+    del engine
+    torch._dynamo.reset()  # compiled code keeps what it was made for
+    gc.collect()
+    assert model() is None, "an engine that was closed stays in memory"
     return f"{off:.1e} {norm_off:.1e} {weight_off:.1e}"
 
 

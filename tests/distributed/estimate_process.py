@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 
 import torch
-from processes import run_cases
+from processes import BUCKET, DEVICE, run_cases
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,8 +26,7 @@ from rdtrain.objectives import ObjectiveSettings, build_objective
 from rdtrain.optimization import BlockAdamW
 from rdtrain.randomness import SampleRandom
 
-CPU = torch.device("cpu")
-MICRO, LENGTH, ACCUMULATION, BUCKET = 2, 8, 2, 1_000_002
+MICRO, LENGTH, ACCUMULATION = 2, 8, 2
 WAYS = {
     "fsdp": {"name": "fsdp"},
     **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)},
@@ -37,6 +36,12 @@ OBJECTIVES = {
     "blocks": ({"name": "diffusion_blocks"}, 1), "untied": ({"name": "diffusion_blocks"}, 2),
     "bptt": ({"name": "bptt", "gradient": "full", "depth": "fixed"}, 1),
 }
+KINDS = {
+    "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_coalesced_": "all_reduce", "allgather_into_tensor_coalesced_": "all_gather",  # several messages as one, by NCCL alone
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+}
+"""Collectives by the names that torch's dispatcher knows them by."""
 CASES = [
     " ".join(case) for case in itertools.product(WAYS, ("fp32", "bf16"), OBJECTIVES)
     if case[2] == "blocks" or (case[0], case[1]) in (("fsdp", "fp32"), ("zero-1", "bf16"), ("zero-2", "fp32"), ("zero-3", "bf16"))
@@ -69,9 +74,7 @@ class Collectives(TorchDispatchMode):
         self.bytes = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kind = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}.get(
-            function.overloadpacket.__name__
-        )
+        kind = KINDS.get(function.overloadpacket.__name__)
         if kind:
             sizes = [sum(t.numel() * t.element_size() for t in tree_leaves(part) if isinstance(t, torch.Tensor)) for part in args[:2]]
             self.bytes[kind] += max(sizes)
@@ -108,9 +111,9 @@ def check(case: str, world: World) -> str:
         for number in range(ACCUMULATION):
             if noted and number:
                 held.append(now())
-            yield torch.zeros(MICRO, LENGTH + 1, dtype=torch.int64), SampleRandom(1, range(MICRO), CPU, 0)
+            yield torch.zeros(MICRO, LENGTH + 1, dtype=torch.int64, device=DEVICE), SampleRandom(1, range(MICRO), DEVICE, 0)
 
-    block = objective.active_block(SampleRandom(1, (), CPU, 0))
+    block = objective.active_block(SampleRandom(1, (), DEVICE, 0))
     for _ in range(2):  # the second is as all that follow
         with Collectives() as collectives:
             engine.train_step(micro_batches(False), 1e-3, block)
@@ -121,7 +124,7 @@ def check(case: str, world: World) -> str:
     state = engine._optimizer.state
     weights = sum(storages([*engine.model.parameters(), *state]).values())
     moments = sum(storages([moment for each in state.values() for moment in (each["exp_avg"], each["exp_avg_sq"])]).values())
-    number = config.engine.dtype(CPU).itemsize
+    number = config.engine.dtype(DEVICE).itemsize
     shares = estimate.Shares.of(estimate.model_on_paper(shape), config, objective, world.size)
     said = estimate.engine_memory(shares, config, number, ACCUMULATION)
     found = {
@@ -147,7 +150,7 @@ def check(case: str, world: World) -> str:
 
 if __name__ == "__main__":
     settings = sys.modules["rdtrain.engine.deepspeed_config"]
-    settings.BUCKET, settings.PERSISTENT = BUCKET, 1000  # real ones would hide so small a model
+    settings.PERSISTENT = 1000  # a real one, or real buckets, would hide so small a model
     importlib.import_module("rdtrain.estimate")  # which takes them over
     gc.collect()
     gc.freeze()  # what is there by now need not be searched again and again

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rdtrain.distributed import World, end_process
-from rdtrain.engine import EngineSettings, start_processes
+from rdtrain.engine import EngineSettings, deepspeed_config, start_processes
 from rdtrain.optimization import OptimizerSettings
 from rdtrain.randomness import SampleRandom
 
@@ -20,6 +20,8 @@ WORLD = World.from_environment()
 DEVICE = WORLD.device
 ALONE = World(0, 1, 0, DEVICE)
 RATE, SEED, VOCABULARY = 3e-3, 1301, 50
+BUCKET = 1_000_002
+sys.modules[deepspeed_config.__module__].BUCKET = BUCKET  # dozens of engines in a process would fill a GPU with real ones
 
 
 def micro_batch(indices: range, step: int, length: int = 8) -> tuple[Tensor, SampleRandom]:
