@@ -64,20 +64,30 @@ nccl() {
     several "$most" "${STAGE_SECONDS:-120}" rdtrain.scaling.collectives "$folder/nccl/$most.json" --megabytes $((gpus > 0 ? 256 : 4))
 }
 
-equality() {
+equality() { # side by side on GPUs, which they hardly fill; one after another on a CPU
     [ -e "$folder/equality/complete" ] && { echo "complete"; return; }
-    rm -rf "$folder/equality"
     mkdir -p "$folder/equality"
-    local tests=tests/distributed
+    local all=tests/distributed code=0 test name
+    local tests=${TESTS:-$all/test_block_parallel.py::test_losses_weights_messages_and_memory_are_those_of_a_slow_loop \
+        $all/test_blocks.py $all/test_engines.py $all/test_estimate.py \
+        $all/test_snapshots.py::test_every_engine_gives_and_takes_the_same_snapshot}
     [ "$gpus" = 0 ] || export RDTRAIN_TEST_GPUS=1
-    OMP_NUM_THREADS=1 limited "${EQUALITY_SECONDS:-900}" pytest -v -p no:cacheprovider -p no:xdist --basetemp "$folder/equality/tests" \
-        ${TESTS:-$tests/test_block_parallel.py::test_losses_weights_messages_and_memory_are_those_of_a_slow_loop \
-        $tests/test_blocks.py $tests/test_engines.py $tests/test_estimate.py \
-        $tests/test_snapshots.py::test_every_engine_gives_and_takes_the_same_snapshot} \
-        > "$folder/equality/output" 2>&1
-    local code=$?
-    grep -aE '^tests/.* (PASSED|FAILED|ERROR)|^E  |^=+ .* in ' "$folder/equality/output" | cut -c 1-300
-    if [ "$code" = 0 ]; then touch "$folder/equality/complete"; else tail -n 1 "$folder/equality/output"; fi
+    for test in $tests; do
+        name=$folder/equality/$(basename "${test%%::*}" .py)
+        [ -e "$name.complete" ] && continue
+        {
+            OMP_NUM_THREADS=1 limited "${EQUALITY_SECONDS:-900}" pytest -v -p no:cacheprovider -p no:xdist --basetemp "$name" "$test" \
+                > "$name.output" 2>&1 && touch "$name.complete"
+        } &
+        [ "$gpus" != 0 ] || wait "$!"
+    done
+    wait
+    for test in $tests; do
+        name=$folder/equality/$(basename "${test%%::*}" .py)
+        grep -aE '^tests/.* (PASSED|FAILED|ERROR)|^E  |^=+ .* in ' "$name.output" | cut -c 1-300
+        [ -e "$name.complete" ] || { code=1; tail -n 1 "$name.output"; }
+    done
+    [ "$code" = 1 ] || touch "$folder/equality/complete"
     return "$code"
 }
 

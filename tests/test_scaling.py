@@ -134,14 +134,14 @@ def test_efficiencies_predictions_and_bars_of_what_was_measured(measured):
     for ranks, losses in ((1, {"plain fp32": [4.0, 2.0], "plain": [4.0, 2.01]}), (2, {"ZeRO-1": [4.0, 1.99], "FSDP2": [4.1, 2.0]})):
         (measured / f"losses/{ranks}.json").write_text(json.dumps({"ranks": ranks, "steps": 2, "config": "c", "losses": losses}))
     (measured / "equality").mkdir()
-    (measured / "equality/output").write_text("tests/a.py::one PASSED [ 50%]\ntests/a.py::two[x] FAILED [100%]\ntests/a.py::three ")
-    assert equality_of(measured / "equality/output") == {"tests/a.py::one": "passed", "tests/a.py::two[x]": "failed"}
-    (measured / "equality/output").write_text("tests/a.py::one PASSED [ 50%]\ntests/a.py::three ")
+    (measured / "equality/test_a.output").write_text("tests/a.py::one PASSED [ 50%]\ntests/a.py::two[x] FAILED [100%]\ntests/a.py::three ")
+    assert equality_of(measured / "equality") == {"tests/a.py::one": "passed", "tests/a.py::two[x]": "failed"}
+    (measured / "equality/test_a.output").write_text("tests/a.py::one PASSED [ 50%]\ntests/a.py::three ")
     assert Findings(measured).bars()[0].met is None  # cut off
     (measured / "equality/complete").touch()
     assert Findings(measured).bars()[0].met is True
     (measured / "equality/complete").unlink()
-    (measured / "equality/output").write_text("tests/a.py::two[x] FAILED [100%]\n")
+    (measured / "equality/test_a.output").write_text("tests/a.py::two[x] FAILED [100%]\n")
     resume = dict(steps=9, engine="ZeRO-1", ranks=2, rank=1, step_when_killed=5, launcher_code=1, resumed_from=4, resumed_engine="FSDP2",
                   resumed_ranks=1, compared_steps=5, largest_deviation=0.03, at_step=7, largest_deviation_to_the_end=0.03, limit=0.02, equal=False)
     (measured / "resume").mkdir()
@@ -163,7 +163,7 @@ def test_efficiencies_predictions_and_bars_of_what_was_measured(measured):
         "a killed run goes on elsewhere with the losses of one that was not": False,
         "857M, blocks, ZeRO-1: weak scaling on 2 at least 95%": True, "857M, blocks, ZeRO-1: weak scaling on 8 at least 90%": None,
         "857M, blocks, FSDP2: weak scaling on 2 at least 95%": False, "857M, blocks, FSDP2: weak scaling on 8 at least 90%": None,
-        f"857M, block-parallel on 2: sends less than data-parallel by at least the core's share, {share:.1%}": True,
+        f"857M, block-parallel on 2: sends less than data-parallel by the core's share, {share:.1%}": True,
     }
     text = page(findings)
     assert "| 2 | blocks | ZeRO-1 | 8 | 77,000 | 50.0% |" in text and "2.0 | " in text and "96.2% |" in text

@@ -3,6 +3,7 @@
 They run on GPUs where each process has one of its own, else on the CPU with gloo (`deepspeed` in tests/conftest.py decides).
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,9 @@ from rdtrain.randomness import SampleRandom
 ARGUMENTS = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 WORLD = World.from_environment()
 DEVICE = WORLD.device
+if DEVICE.type == "cuda":  # what is held to the bit must be added up in one order
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 ALONE = World(0, 1, 0, DEVICE)
 RATE, SEED, VOCABULARY = 3e-3, 1301, 50
 BUCKET = 1_000_002
