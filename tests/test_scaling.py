@@ -50,7 +50,8 @@ def test_jobs_are_ordered_by_importance_with_one_micro_batch_that_fits():
     assert {job.blocks for job in of(jobs, layout="ZeRO-1", gpus=1)} == {1, 2, 4, 8}
     assert all(job.blocks == job.gpus for job in of(jobs, layout="block-parallel"))
     for job in jobs:
-        assert job.config.engine.compile == ("engine.compile=true" in job.arm) and not (job.config.engine.compile and job.layout == "ZeRO-3")
+        compiled = job.config.engine.compile
+        assert compiled == ("engine.compile=true" in job.arm) and not (compiled and job.layout == "ZeRO-3")
     assert not any(job.config.engine.compile for job in jobs_of(LARGE, [1, 2], [], H100, False))
 
 
@@ -143,7 +144,8 @@ def test_efficiencies_predictions_and_bars_of_what_was_measured(measured):
     (measured / "equality/complete").unlink()
     (measured / "equality/test_a.output").write_text("tests/a.py::two[x] FAILED [100%]\n")
     resume = dict(steps=9, engine="ZeRO-1", ranks=2, rank=1, step_when_killed=5, launcher_code=1, resumed_from=4, resumed_engine="FSDP2",
-                  resumed_ranks=1, compared_steps=5, largest_deviation=0.03, at_step=7, largest_deviation_to_the_end=0.03, limit=0.02, equal=False)
+                  resumed_ranks=1, compared_steps=5, largest_deviation=0.03, at_step=7, largest_deviation_to_the_end=0.03, limit=0.02,
+                  equal=False)
     (measured / "resume").mkdir()
     (measured / "resume/resume.json").write_text(json.dumps(resume))
     findings = Findings(measured)
@@ -188,7 +190,8 @@ def test_a_short_rehearsal_measures_within_its_budget_and_reports(tmp_path):
                "--budget", "3", "--no-compile", "--output", str(tmp_path / "measure")]
     made = subprocess.run(command, cwd=PROJECT, env=environment, text=True, capture_output=True, timeout=200)
     assert made.returncode == 1 and "1 of 11 measured, 0 do not fit" in made.stdout, made.stdout + made.stderr
-    report = subprocess.run(["bash", "launch/scaling.sh", "report"], cwd=PROJECT, env=environment, text=True, capture_output=True, timeout=60)
+    command = ["bash", "launch/scaling.sh", "report"]
+    report = subprocess.run(command, cwd=PROJECT, env=environment, text=True, capture_output=True, timeout=60)
     assert report.returncode == 0, report.stdout + report.stderr
     text = (tmp_path / "scaling.md").read_text()
     assert "| 2 | blocks | ZeRO-1 |" in text and "block-parallel on 2: not measured yet" in text

@@ -31,7 +31,7 @@ class Trace:
     """Of a step, the mean over those that were profiled.
 
     busy_seconds: CUDA: for how long the device had any kernel or copy to run; None on the CPU, and where the profiler saw no kernels.
-    message_seconds, exposed_seconds: the same of NCCL's kernels, which wait for other ranks as well, and of those when no other kernel runs.
+    message_seconds, exposed_seconds: the same of NCCL's kernels, which wait for other ranks too, and of those when no other kernel runs.
     kernels: the costliest, costliest first.
     attention: names of the attention kernels among all.
     """

@@ -60,7 +60,8 @@ def mauve_scores(human: torch.Tensor, written: torch.Tensor, settings: MauveSett
 
 def _area(curve: np.ndarray) -> float:
     """Under a divergence curve [points, 2], the mean over its two axes, as the authors' package takes it."""
-    return float(np.mean([np.trapezoid(curve[order, 1 - axis], curve[order, axis]) for axis in (0, 1) for order in [curve[:, axis].argsort()]]))
+    ordered = [(curve[curve[:, axis].argsort()], axis) for axis in (0, 1)]
+    return float(np.mean([np.trapezoid(points[:, 1 - axis], points[:, axis]) for points, axis in ordered]))
 
 
 class Mauve:

@@ -85,7 +85,8 @@ def main() -> None:
     rates = bandwidth(world, options.megabytes * 1_000_000 // (2 * world.size))
     if world.is_main:
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if world.device.type == "cuda" else None
-        found = {"ranks": world.size, "backend": dist.get_backend(), "nccl": nccl, "megabytes": options.megabytes, "bytes_per_second": rates}
+        found = {"ranks": world.size, "backend": dist.get_backend(), "nccl": nccl, "megabytes": options.megabytes}
+        found |= {"bytes_per_second": rates}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.output, json.dumps(found | {"facts": start_facts(world.device.type)}, indent=1) + "\n")
         speeds = ", ".join(f"{name} {1e-9 * rate:.1f}" for name, rate in rates.items())

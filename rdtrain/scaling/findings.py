@@ -16,7 +16,7 @@ from .jobs import RESERVE, Model, base_config
 from .losses import REFERENCE
 
 LOSS_LIMIT = 0.01
-"""Of a loss in bf16, relative to the fp32 one: as in tests/distributed/engines_process.py; twice what bf16 does to plain PyTorch, if more."""
+"""Of a loss in bf16, relative to fp32: as in tests/distributed/engines_process.py; twice what bf16 does to plain PyTorch, if more."""
 
 DATA_PARALLEL = "a plain fp32 all-reduce"
 """What data-parallel training sends; ZeRO-1 and FSDP2 send other things in its place, of other precisions."""

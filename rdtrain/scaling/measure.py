@@ -143,6 +143,7 @@ def measure(options: argparse.Namespace) -> bool:
         fitting = [job for job in jobs if gpu is None or job.peak <= room_of(gpu)]
         waves = starts_of(fitting, folder, devices)
         everything.append((jobs, waves))
+    deadline = max(deadline, time.monotonic() + 1)  # planning takes seconds, and something must come of every call
     for _, waves in everything:
         for wave in waves:
             with ThreadPoolExecutor(len(wave)) as pool:
@@ -193,7 +194,8 @@ def main() -> None:
 def summary(path: Path) -> str:
     """What became of the jobs of a plan.json, in some lines."""
     jobs = json.loads(path.read_text())["jobs"]
-    lines = [f"{sum(job['measured'] is not None for job in jobs)} of {len(jobs)} measured, {sum(not job['fits'] for job in jobs)} do not fit"]
+    measured, beyond = sum(job["measured"] is not None for job in jobs), sum(not job["fits"] for job in jobs)
+    lines = [f"{measured} of {len(jobs)} measured, {beyond} do not fit"]
     lines += [f"{job['model']} on {job['gpus']}, {job['arm']}: {job['failed']}" for job in jobs if job["failed"]]
     return "\n".join(lines)
 

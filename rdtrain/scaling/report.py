@@ -45,8 +45,8 @@ def _facts(findings: Findings) -> list[str]:
 
 
 def _measured(findings: Findings, rows: list[Row]) -> list[str]:
-    header = ["GPUs", "arm", "layout", "sequences", "tokens/s a GPU", "MFU", "ms/step", "predicted ms", "peak GiB", "estimated", "exposed ms",
-              "of a step", "sent a step", "weak scaling"]
+    header = ["GPUs", "arm", "layout", "sequences", "tokens/s a GPU", "MFU", "ms/step", "predicted ms", "peak GiB", "estimated",
+              "exposed ms", "of a step", "sent a step", "weak scaling"]
     made = []
     for row in rows:
         if row.found is None:
@@ -56,15 +56,16 @@ def _measured(findings: Findings, rows: list[Row]) -> list[str]:
         compiled = ", compiled" if found["engine"]["compile"] else ""
         made.append([
             str(row.gpus), name_of(row), row.layout + compiled, str(row.micro), f"{row.tokens_per_gpu:,.0f}", _percent(found["mfu"]),
-            f"{1e3 * step:.1f}", "-" if predicted is None else f"{1e3 * predicted.step_seconds:.1f}", f"{found['memory']['peak'] / GIB:.2f}",
-            f"{found['estimate']['peak'] / GIB:.2f}", "-" if exposed is None else f"{1e3 * exposed:.1f}",
+            f"{1e3 * step:.1f}", "-" if predicted is None else f"{1e3 * predicted.step_seconds:.1f}",
+            f"{found['memory']['peak'] / GIB:.2f}", f"{found['estimate']['peak'] / GIB:.2f}", "-" if exposed is None else f"{1e3 * exposed:.1f}",
             "-" if exposed is None else _percent(exposed / step), bytes_text(sum(found["traffic"].values())), _percent(efficiency),
         ])
     if not made:
         return ["Nothing has been measured."]
     sources = sorted({f"{row.objective}: {findings.hfu(row)[1]}" for row in rows if row.found and findings.hfu(row)[0]})
     return [*table(header, made), "", "Predicted times are `rdtrain plan`'s, at the HFU of each arm's own layout on one GPU or, where that "
-            f"was not measured, of another ({'; '.join(sources) or 'none is known'}). Sequences are of a GPU; weak scaling is of tokens/s a GPU."]
+            f"was not measured, of another ({'; '.join(sources) or 'none is known'}). Sequences are of a GPU; weak scaling is of tokens/s "
+            "a GPU."]
 
 
 def name_of(row: Row) -> str:
@@ -111,7 +112,8 @@ def _projection(findings: Findings, rows: list[Row]) -> list[str]:
               "weak scaling", "GiB"]
     return [
         "**A projection, not a measurement**, by `rdtrain plan`'s arithmetic at the HFU that one GPU reached: messages that leave a node go "
-        f"at {NETWORK:g} GB/s a GPU, in rings without latency, behind computation (all hidden) or after it (none hidden).", "",
+        f"at {NETWORK:g} GB/s a GPU, in rings without latency, behind computation (all hidden) or after it (none hidden).",
+        "",
         *table(header, lines), "",
     ]
 
@@ -122,8 +124,8 @@ def _losses(findings: Findings) -> list[str]:
         return [*lines, "Not compared yet."]
     rows, limit = found
     first = findings.losses[0]
-    lines += [f"{first['steps']} steps of {first['config']}, bf16; the largest deviation of a step's loss from plain PyTorch in fp32 on one "
-              f"process, relative. The limit is {limit:.1e}.", ""]
+    lines += [f"{first['steps']} steps of {first['config']}, bf16; the largest deviation of a step's loss from plain PyTorch in fp32 on "
+              f"one process, relative. The limit is {limit:.1e}.", ""]
     return lines + table(["processes", "layout", "deviation"], [[str(ranks), layout, f"{off:.1e}"] for ranks, layout, off in rows])
 
 
@@ -135,9 +137,9 @@ def _resume(findings: Findings) -> list[str]:
         "## Killed, and gone on elsewhere", "",
         f"{found['steps']} steps under {found['engine']} on {found['ranks']}: rank {found['rank']} was killed (SIGKILL) in or after step "
         f"{found['step_when_killed']}, the launcher ended with {found['launcher_code']}, and the run went on from step "
-        f"{found['resumed_from']} under {found['resumed_engine']} on {found['resumed_ranks']}. The next {found['compared_steps']} losses are "
-        f"off those of a run that nobody killed by at most {found['largest_deviation']:.1e} (step {found['at_step']}), relative, and all to the end by "
-        f"{found['largest_deviation_to_the_end']:.1e}.",
+        f"{found['resumed_from']} under {found['resumed_engine']} on {found['resumed_ranks']}. The next {found['compared_steps']} losses "
+        f"are off those of a run that nobody killed by at most {found['largest_deviation']:.1e} (step {found['at_step']}), relative, and "
+        f"all to the end by {found['largest_deviation_to_the_end']:.1e}.",
     ]
 
 
@@ -164,7 +166,8 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(page(findings))
         for bar in findings.bars():
-            print(f"{ {True: 'met', False: 'NOT MET', None: 'not measured'}[bar.met]}: {bar.what}" + (f": {bar.found}" if bar.found else ""))
+            verdict = {True: "met", False: "NOT MET", None: "not measured"}[bar.met]
+            print(f"{verdict}: {bar.what}" + (f": {bar.found}" if bar.found else ""))
         print(options.output)
         sys.exit(1 if any(bar.met is False for bar in findings.bars()) else 0)
 

@@ -22,8 +22,8 @@ from .processes import end_tree, free_port, last_words
 
 TRAIN = Path(__file__).parents[2] / "launch/train.py"
 LIMIT, WINDOW = 0.02, 50
-"""How far a loss may be off, relative, in so many steps after the resume: what bf16 makes of other sums (tests/distributed/test_snapshots.py
-has the same). What was not restored shows at once; later, rounding alone drives two runs apart."""
+"""How far a loss may be off, relative, in so many steps after the resume: what bf16 makes of other sums, as in
+tests/distributed/test_snapshots.py. What was not restored shows at once; later, rounding alone drives two runs apart."""
 
 
 def deepspeed_command(ranks: int) -> list[str]:

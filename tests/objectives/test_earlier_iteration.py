@@ -37,7 +37,8 @@ CASES = pytest.mark.parametrize(
 
 
 def build(settings, noise, blocks, build_model):
-    chosen = ObjectiveSettings(**dict.fromkeys(("posterior_readout", "wiener_input", "optional_state"), False) | dict.fromkeys(settings, True))
+    off = dict.fromkeys(("posterior_readout", "wiener_input", "optional_state"), False)
+    chosen = ObjectiveSettings(**off | dict.fromkeys(settings, True))
     objective = DiffusionBlocks(NoiseSettings(**noise), K, chosen, blocks)
     # so large an epsilon that the readout's norm does not hide the scale of what it is given
     return objective, build_model(blocks=blocks, norm_eps=0.1, **objective.model_fields)
