@@ -14,7 +14,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; 
        background: #fff; overflow-wrap: break-word }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: .25em .7em; text-align: left; vertical-align: top }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff }  /* what a row is of stays in sight where the table scrolls */
+/* What a row is of stays in sight where its table scrolls. */
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
 thead th { border-bottom: 2px solid #888 }
 img { max-width: min(100%, 45em) }
 pre { overflow-x: auto; background: #f6f6f6; padding: .7em }

@@ -1,7 +1,7 @@
 """The README's results, from the measurements that docs/results holds: `python -m rdtrain.compare.results_table` writes them anew.
 
 From quality.json (runs of `launch/quality.sh arms`, each with the commit that it was made at), ablations.json and the first table of
-quickstart.md. Notable: runs of one commit were made on one machine on one day, and no ratio is formed of runs of two.
+quickstart.md. Notable: runs of one commit on one kind of machine were made on one day, and no ratio is formed of others.
 """
 
 import json
@@ -19,8 +19,7 @@ from .runs import Arm
 
 PROJECT = Path(__file__).parent.parent.parent
 START, END = "<!-- made by python -m rdtrain.compare.results_table -->", "<!-- until here -->"
-NAMES = {"diffusion_blocks": "denoising blocks", "bptt truncated": "truncated BPTT", "bptt full": "full BPTT",
-         "bptt local": "local BPTT"}
+NAMES = {"diffusion_blocks": "denoising blocks", "bptt truncated": "truncated BPTT", "bptt full": "full BPTT", "bptt local": "local BPTT"}
 UNRECORDED = {"settings": "", "seed": 0, "until_nll": None}  # by `rdtrain compare` at 30058de, where no run was to end by its NLL
 ABLATION_STEP_TOKENS = 64 * 512  # configs/70m.yaml
 
@@ -48,18 +47,20 @@ def write(readme: Path, text: str) -> None:
     write_atomically(readme, f"{parts[0]}{START}\n\n{text}\n\n{END}{parts[4]}")
 
 
-def _days(rows: list[dict]) -> dict[str, list[Arm]]:
-    """The runs by their commit, the newest first. A run is called by its objective; where names differ in the seed alone, it is one arm."""
+def _days(rows: list[dict]) -> dict[tuple[str, str], list[Arm]]:
+    """The runs by commit and machine, those that the file lists last first. A run is called by its objective; runs whose names differ in
+    the seed alone are repetitions."""
     days = {}
     for row in reversed(rows):
         kind = re.match(r"bptt \w+|\w+", row["objective"])[0]
         found = UNRECORDED | row | {"name": NAMES[kind], "settings": re.sub(r"-seed-\d+$", "", row["name"])}
-        days.setdefault(row["commit"], []).append(Arm(**{each.name: found[each.name] for each in fields(Arm)}))
+        day = days.setdefault((row["commit"], f"{row['ranks']} {row['machine']}"), [])
+        day.append(Arm(**{each.name: found[each.name] for each in fields(Arm)}))
     order = list(NAMES.values())
-    return {commit: sorted(arms, key=lambda arm: (order.index(arm.name), arm.seconds)) for commit, arms in days.items()}
+    return {day: sorted(arms, key=lambda arm: (order.index(arm.name), arm.seconds)) for day, arms in days.items()}
 
 
-def _table(days: dict[str, list[Arm]]) -> str:
+def _table(days: dict[tuple[str, str], list[Arm]]) -> str:
     header = ["arm", "commit", "seconds", "tokens", "training FLOPs", "peak memory", "held-out NLL (nats/token)"]
     rows = [
         [
@@ -67,18 +68,16 @@ def _table(days: dict[str, list[Arm]]) -> str:
             mean([run.training_flops for run in runs], ".2e").replace("e+", "e"), bytes_text(max(run.peak_memory_bytes for run in runs)),
             f"**{mean([run.validation_nll for run in runs], '.3f')}**{spread([run.validation_nll for run in runs], '.3f')}",
         ]
-        for commit, arms in days.items() for runs in repetitions(arms).values()
+        for (commit, _), arms in days.items() for runs in repetitions(arms).values()
     ]
     return markdown_table([header, ["---"] * len(header), *rows])
 
 
-def _ratios(days: dict[str, list[Arm]]) -> list[str]:
-    """What the blocks needed for the NLL that each other objective ends with, of each commit by itself."""
-    lines = []
-    for commit, arms in days.items():
-        machines = " and ".join(dict.fromkeys(f"{arm.ranks} {arm.machine}" for arm in arms))
-        lines += [f"At {commit}, {machines}: {line.strip('*')}" for line in headline(arms) if line]
-    return lines
+def _ratios(days: dict[tuple[str, str], list[Arm]]) -> list[str]:
+    """What the blocks needed for the NLL that each other objective ends with, of each day by itself."""
+    return [
+        f"At {commit}, {machine}: {line.strip('*')}" for (commit, machine), arms in days.items() for line in headline(arms) if line
+    ]
 
 
 def _iterations(ablations: dict[str, dict]) -> str:
