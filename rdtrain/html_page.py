@@ -10,11 +10,14 @@ from markdown_it import MarkdownIt
 from .data.output import write_atomically
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222;
+       background: #fff; overflow-wrap: break-word }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: .25em .7em; text-align: left; vertical-align: top }
+/* What a row is of stays in sight where its table scrolls. */
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
 thead th { border-bottom: 2px solid #888 }
-img { max-width: 100% }
+img { max-width: min(100%, 45em) }
 pre { overflow-x: auto; background: #f6f6f6; padding: .7em }
 """
 
@@ -34,6 +37,6 @@ def write_html(markdown: Path) -> Path:
     body = re.sub(r'src="(?!data:)([^"]+)"', embedded, body)
     title = html.escape(next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), markdown.stem))
     page = markdown.with_suffix(".html")
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
     write_atomically(page, f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n')
     return page

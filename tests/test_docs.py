@@ -9,6 +9,7 @@ import pytest
 from rdtrain.cli import build_parser
 from rdtrain.config import load_config
 from rdtrain.data.commands import join_action
+from rdtrain.train import train
 
 PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/**/*.md")), *sorted(PROJECT.glob("configs/**/*.md"))]
@@ -62,3 +63,22 @@ def test_explained_errors_are_those_of_the_code():
     for sentence in quoted:
         for part in sentence.split("..."):
             assert part.strip() in sources, sentence
+
+
+def test_the_drawing_of_a_runs_folder_has_what_a_run_writes_and_nothing_else(tiny_config, tmp_path):
+    page = (PROJECT / "docs/architecture.md").read_text().partition("## A run's folder\n")[2].partition("\nStarting the same")[0]
+    drawn, folders = {}, []
+    for indent, name, remark in re.findall(r"^    ( *)(\S.*?) {2,}(.*)$", page, re.M):
+        if len(indent) > 6:  # a remark that goes on
+            continue
+        folders = folders[:len(indent) // 2]
+        for each in name.split(", "):
+            drawn["".join(folders) + each] = remark
+        if name.endswith("/"):
+            folders.append(name)
+    seldom = {name.rstrip("/") for name, remark in drawn.items() if remark.startswith("only ")}
+    assert seldom == {"wandb", "wandb-id", "stacks-rank-1.txt", "skipped_steps.json"}
+    assert train(load_config(tiny_config())) == 0
+    run = tmp_path / "run"
+    written = {str(path.relative_to(run)) + "/" * path.is_dir() for path in run.rglob("*")}
+    assert {re.sub(r"step-\d+", "step-00000431", name) for name in written} == {name for name in drawn if name.rstrip("/") not in seldom}

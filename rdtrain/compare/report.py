@@ -61,8 +61,8 @@ def _report(arms: list[Arm]) -> str:
     ]
     header = ["", *(arm.name for arm in arms)]
     table = [header, ["---"] * len(header)] + [[label, *map(value, arms)] for label, value in rows]
-    text = ["# Comparison", "", *_headline(arms), _lines(table), "", *_ratios(arms)]
-    text += ["## Held-out NLL against training FLOPs", "", _lines(_curves(arms)), ""]
+    text = ["# Comparison", "", *headline(arms), markdown_table(table), "", *_ratios(arms)]
+    text += ["## Held-out NLL against training FLOPs", "", markdown_table(_curves(arms)), ""]
     text += [f"![held-out NLL against training {name}](nll-against-{name.lower()}.png)\n" for name in ("FLOPs", "time")]
     text += [
         "Held-out NLL is taken from pure noise for denoising blocks (one iteration at sigma_max) and after all K iterations for an "
@@ -74,11 +74,12 @@ def _report(arms: list[Arm]) -> str:
     return "\n".join(text)
 
 
-def _lines(table: list[list[str]]) -> str:
+def markdown_table(table: list[list[str]]) -> str:
+    """Rows of cells as Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
-def _headline(arms: list[Arm]) -> list[str]:
+def headline(arms: list[Arm]) -> list[str]:
     """For each objective but the first run's: what it takes runs like the first to come to the NLL that the other's best runs end with."""
     groups = list(repetitions(arms).values())
     own = [group for group in groups if group[0].objective == arms[0].objective]
@@ -93,8 +94,8 @@ def _headline(arms: list[Arm]) -> list[str]:
 def _race(own: list[list[Arm]], other: list[Arm]) -> str:
     """The run whose first evaluation at or below the mean NLL that the other ends with came soonest, if all seeds of it got there."""
     goal = max([statistics.mean(arm.validation_nll for arm in other), *(arm.until_nll for arm in other if arm.until_nll is not None)])
-    goal_text = f"the {goal:.4f} that {_name(other)} has after {_mean([arm.seconds for arm in other], '.1f')} s"
-    goal_text += _spread([arm.validation_nll for arm in other], ".4f")
+    goal_text = f"the {goal:.4f} that {_name(other)} has after {mean([arm.seconds for arm in other], '.1f')} s"
+    goal_text += spread([arm.validation_nll for arm in other], ".4f")
     raced = []
     for group in own:
         reached = [next(((flops, seconds, nll) for flops, seconds, nll in arm.curve if nll <= goal), None) for arm in group]
@@ -107,10 +108,10 @@ def _race(own: list[list[Arm]], other: list[Arm]) -> str:
         [point[column] / statistics.mean(getattr(arm, name) for arm in other) for point in reached]
         for column, name in ((0, "training_flops"), (1, "seconds"))
     )
-    had, after = _mean([nll for _, _, nll in reached], ".4f"), _mean([seconds for _, seconds, _ in reached], ".1f")
+    had, after = mean([nll for _, _, nll in reached], ".4f"), mean([seconds for _, seconds, _ in reached], ".1f")
     return (
         f"**{_name(group)} had {had} after {after} s: {statistics.mean(seconds):.3f} of the time and {statistics.mean(flops):.3f} of the "
-        f"training FLOPs to {goal_text}.**" + _spread(seconds, ".3f", " of the time")
+        f"training FLOPs to {goal_text}.**" + spread(seconds, ".3f", " of the time")
     )
 
 
@@ -127,11 +128,12 @@ def _name(group: list[Arm]) -> str:
     return group[0].name if len(group) == 1 else re.sub(r"[, -]*seed[ -]*\d+$", "", group[0].name)
 
 
-def _mean(values: list[float], digits: str) -> str:
+def mean(values: list[float], digits: str) -> str:
+    """A mean, in a format."""
     return format(statistics.mean(values), digits)
 
 
-def _spread(values: list[float], digits: str, unit: str = "") -> str:
+def spread(values: list[float], digits: str, unit: str = "") -> str:
     """Of how many seeds a mean is, and from where to where they go."""
     if len(values) == 1:
         return ""
