@@ -57,7 +57,8 @@ def _measured(findings: Findings, rows: list[Row]) -> list[str]:
         made.append([
             str(row.gpus), name_of(row), row.layout + compiled, str(row.micro), f"{row.tokens_per_gpu:,.0f}", _percent(found["mfu"]),
             f"{1e3 * step:.1f}", "-" if predicted is None else f"{1e3 * predicted.step_seconds:.1f}",
-            f"{found['memory']['peak'] / GIB:.2f}", f"{found['estimate']['peak'] / GIB:.2f}", "-" if exposed is None else f"{1e3 * exposed:.1f}",
+            f"{found['memory']['peak'] / GIB:.2f}", f"{found['estimate']['peak'] / GIB:.2f}",
+            "-" if exposed is None else f"{1e3 * exposed:.1f}",
             "-" if exposed is None else _percent(exposed / step), bytes_text(sum(found["traffic"].values())), _percent(efficiency),
         ])
     if not made:
@@ -111,8 +112,9 @@ def _projection(findings: Findings, rows: list[Row]) -> list[str]:
     header = ["GPUs", "arm", "layout", "computing ms", "sending ms", "tokens/s, all hidden", "weak scaling", "tokens/s, none hidden",
               "weak scaling", "GiB"]
     return [
-        "**A projection, not a measurement**, by `rdtrain plan`'s arithmetic at the HFU that one GPU reached: messages that leave a node go "
-        f"at {NETWORK:g} GB/s a GPU, in rings without latency, behind computation (all hidden) or after it (none hidden).",
+        "**A projection, not a measurement**, by `rdtrain plan`'s arithmetic at the HFU that one GPU reached: messages that leave a node "
+        f"go at {NETWORK:g} GB/s a GPU, in rings without latency, behind computation (all hidden) or after it (none "
+        "hidden).",
         "",
         *table(header, lines), "",
     ]
