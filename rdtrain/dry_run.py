@@ -18,7 +18,7 @@ from .train import Plan
 
 MEMORY_NAMES = {
     "weights": "weights", "gradients": "gradients", "optimizer_state": "optimizer state", "gathered": "weights of a pass",
-    "messages": "message buffers", "activations": "activations (estimate)", "logits": "logits (estimate)",
+    "messages": "message buffers", "activations": "activations (estimate)", "loss": "loss (estimate)",
     "host_weights": "in CPU memory: weights", "host_gradients": "in CPU memory: gradients",
     "host_optimizer_state": "in CPU memory: optimizer state",
 }

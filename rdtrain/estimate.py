@@ -1,35 +1,26 @@
 """What a run will need, by arithmetic alone: memory of each rank, traffic of a step, size of a checkpoint. Nothing here runs the model.
 
 Weights, gradients, optimizer state and traffic follow from the parameters' shapes and from what each engine keeps and sends, as was
-measured by counting its tensors and its collectives (tests/distributed/estimate_process.py repeats that). Activations and logits are
-ESTIMATES: the tensors that PyTorch, uncompiled, saves for the backward pass of each layer, per token. docs/architecture.md derives both.
+measured by counting its tensors and its collectives (tests/distributed/estimate_process.py repeats that). What passes hold is an ESTIMATE,
+which activations.py makes, of compiled code where engine.compile is on. docs/architecture.md derives all of it.
 
 The largest rank counts: what ranks share unevenly, rank 0 has the most of.
 """
 
-import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from .activations import BF16, FP32, Passes, activation_bytes, embedding_gradient_bytes, loss_bytes, mask_bytes
 from .config import Config
 from .distributed import World
 from .engine.deepspeed_config import BUCKET, LIVE, PERSISTENT
 from .model.layers import SandwichBlock
-from .model.linear_cross_entropy import parts_of
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective
-from .objectives.bptt import BackpropagationThroughTime
-from .objectives.depth import FixedDepth, PoissonDepth
 from .optimization import build_optimizer
-from .randomness import SampleRandom
-
-FP32, BF16 = 4, 2
-"""Bytes of a number."""
-
-DEPTHS_LOOKED_AT = 100_000
-"""Steps whose drawn depth is looked at for the largest."""
 
 
 def model_on_paper(config: ModelConfig) -> RecurrentDepthLM:
@@ -118,15 +109,18 @@ class Shares:
 
 @dataclass
 class Memory:
-    """Bytes that one rank holds at the end of a step's last backward pass, by kind; with offload_optimizer `host_` is in the CPU's memory.
+    """Bytes that one rank holds in a step, by kind; with offload_optimizer `host_` is in the CPU's memory.
 
     weights: those that run and, where they are not the same, the fp32 ones that are stepped.
     gradients: the most that is held at a time, fp32 sums over micro-batches included.
     optimizer_state: both moments of AdamW.
     gathered: whole weights for a pass: copies that torch.autocast, FSDP or ZeRO-3 makes.
     messages: buffers that gradients are sent from, or are put together in.
-    activations, logits: estimates; see `activation_bytes` and `logit_bytes`.
+    activations: an estimate of what a forward pass leaves for its backward pass.
+    loss: an estimate of what is there besides while the loss is taken, logits above all.
     embedding_gradients: two of the tied embedding's, as input and as head, which a backward pass adds last.
+    standing: of the gradients, what is allocated before there are any.
+    messages_come: when messages do: `standing` are always there, `early` ones come with the first gradient and `late` ones with the last.
     """
 
     weights: int = 0
@@ -135,22 +129,32 @@ class Memory:
     gathered: int = 0
     messages: int = 0
     activations: int = 0
-    logits: int = 0
+    loss: int = 0
     embedding_gradients: int = 0
     host_weights: int = 0
     host_gradients: int = 0
     host_optimizer_state: int = 0
+    standing: int = 0
+    messages_come: Literal["standing", "early", "late"] = "late"
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Each kind by its name; `standing` is among the gradients."""
+        return {name: value for name, value in vars(self).items() if name not in ("standing", "messages_come")}
 
     @property
     def passes(self) -> int:
-        """What the passes of a micro-batch take, gradients apart."""
-        return self.activations + self.logits + self.gathered
+        """What the passes of a micro-batch take, gradients and messages apart: the most of it is there as the loss is taken."""
+        return self.activations + self.loss + self.gathered
 
     def peak(self, accumulation: int) -> int:
         """The most in the device's memory at any moment of a step of so many micro-batches. Gradients come as activations go, so with one
-        micro-batch they are no further term; a later one finds those of the first there."""
-        in_passes = self.passes + (self.gradients if accumulation > 1 else 0)
-        return self.weights + self.optimizer_state + self.messages + max(in_passes, self.gradients + self.embedding_gradients)
+        micro-batch they are no further term but where they are standing; a later one finds those of the first there. The first gradient
+        finds nearly all activations, and nothing of the loss any more."""
+        standing, early = (self.messages if self.messages_come == when else 0 for when in ("standing", "early"))
+        in_passes = self.activations + self.gathered + max(self.loss, early) + (self.gradients if accumulation > 1 else self.standing)
+        at_end = self.gradients + self.embedding_gradients + self.messages
+        return self.weights + self.optimizer_state + max(in_passes + standing, at_end)
 
     @property
     def host_bytes(self) -> int:
@@ -161,7 +165,7 @@ class Memory:
 def engine_memory(shares: Shares, config: Config, number: int, accumulation: int) -> Memory:
     """Weights, gradients, optimizer state, gathered copies and message buffers of a rank.
 
-    number: bytes of a number that passes compute in. Activations and logits are left at 0.
+    number: bytes of a number that passes compute in. What follows from the micro-batch is left at 0.
     """
     engine, whole, part = config.engine, shares.whole, shares.part
     if engine.name == "torch":
@@ -173,14 +177,14 @@ def engine_memory(shares: Shares, config: Config, number: int, accumulation: int
         held = shares.root + 2 * shares.largest_layer  # one layer runs while the next is gathered
         return Memory(
             weights=FP32 * part, gradients=FP32 * shares.active_part, optimizer_state=2 * FP32 * part,
-            gathered=2 * number * held,  # and their gradients, until these are reduced
-            messages=FP32 * max(shares.root, shares.largest_layer),
+            gathered=number * held,
+            messages=number * held + FP32 * max(shares.root, shares.largest_layer),  # whole gradients, and those that are reduced
         )
     if engine.name == "block_parallel":  # the shared parts and one core; gradients lie in the two messages of a step
         held = shares.active
         return Memory(
             weights=FP32 * held, gradients=FP32 * (held + 1), optimizer_state=2 * FP32 * held,
-            gathered=BF16 * held if number == BF16 else 0,
+            gathered=BF16 * held if number == BF16 else 0, standing=FP32 * (held + 1),
         )
     stage = engine.zero_stage
     if stage == 0:
@@ -189,7 +193,7 @@ def engine_memory(shares: Shares, config: Config, number: int, accumulation: int
             gathered=BF16 * whole if number == BF16 else 0, messages=FP32 * min(BUCKET, whole),
         )
     run = number * (part + shares.persistent if stage == 3 else whole)
-    gathered = number * min(LIVE, whole) if stage == 3 else 0
+    gathered = number * min(LIVE, whole) if stage == 3 and part < whole else 0  # one rank runs its part as it is
     stepped, moments = FP32 * part, 2 * FP32 * part
     if engine.offload_optimizer:
         sums = 1 if stage == 1 or (stage == 2 and number == FP32 and accumulation == 1) else 2
@@ -197,19 +201,23 @@ def engine_memory(shares: Shares, config: Config, number: int, accumulation: int
         staged = number * (part + 2 * shares.largest) if stage < 3 else 0  # on the way to the CPU and back
         return Memory(
             weights=run, gradients=between + staged, gathered=gathered,
-            messages={1: FP32, 2: 2 * number, 3: number}[stage] * BUCKET,
+            messages={1: FP32, 2: 2 * number, 3: number}[stage] * BUCKET, messages_come="standing" if stage == 3 else "early",
             host_weights=stepped, host_gradients=sums * FP32 * part, host_optimizer_state=moments,
         )
-    if stage == 1 and number == BF16:  # a whole fp32 sum, to which each micro-batch's bf16 gradient is added
-        gradients, messages = FP32 * whole + BF16 * shares.active, BF16 * min(BUCKET, whole)
+    standing, come = 0, "early"
+    if stage == 1 and number == BF16:  # a whole fp32 sum, which is never freed, and to which each micro-batch's bf16 gradient is added
+        standing, come = FP32 * whole, "late"
+        gradients, messages = standing + BF16 * shares.active, BF16 * min(BUCKET, whole)
     elif stage == 1:  # whole until the last micro-batch; the optimizer's step copies this rank's part
         gradients, messages = FP32 * max(shares.active, 2 * part), FP32 * BUCKET
     elif stage == 2:
         gradients, messages = FP32 * part * (1 if number == BF16 else 2), 2 * number * BUCKET
-    else:  # the step copies a group at a time
-        gradients, messages = FP32 * (part + shares.largest_part), number * BUCKET
+    else:  # this rank's part is never freed; the step copies a group at a time
+        standing, come = FP32 * part, "standing"
+        gradients, messages = standing + FP32 * shares.largest_part, number * BUCKET
     return Memory(
-        weights=run + stepped, gradients=gradients, optimizer_state=moments, gathered=gathered, messages=messages
+        weights=run + stepped, gradients=gradients, optimizer_state=moments, gathered=gathered, messages=messages,
+        standing=standing, messages_come=come,
     )
 
 
@@ -254,73 +262,16 @@ def step_traffic(shares: Shares, config: Config, objective: Objective, number: i
     return Traffic(all_gather=number * gathered * ring, reduce_scatter=accumulation * number * shares.active * ring)
 
 
-def most_trained_iterations(objective: BackpropagationThroughTime, seed: int, steps: int) -> int:
-    """The most iterations that carry gradient in any of a run's steps, or of its first DEPTHS_LOOKED_AT ones, where depths are drawn."""
-    if isinstance(objective.depth, FixedDepth):
-        return int(min(objective.depth.mean, objective.trained_limit))
-    return _most_drawn(objective.iterations, objective.trained_limit, seed, min(steps, DEPTHS_LOOKED_AT))
-
-
-@functools.lru_cache
-def _most_drawn(iterations: int, limit: float, seed: int, steps: int) -> int:
-    depth, cpu, most = PoissonDepth(iterations), torch.device("cpu"), 0
-    for step in range(steps):
-        most = max(most, depth.draw(SampleRandom(seed, (), cpu, step).of_step()))
-        if most >= limit:
-            return int(limit)
-    return most
-
-
-def activation_bytes(model: ModelConfig, objective: Objective, number: int, device: str, seed: int, steps: int) -> float:
-    """An estimate of the bytes that a forward pass saves for its backward pass, for each token of a micro-batch; logits apart.
-
-    number: bytes of a number that passes compute in; device: `cuda` or `cpu`.
-    """
-    width, norm = model.width, (2 if device == "cpu" else 1) * FP32 * model.width  # on CPU the normalised fp32 values are kept as well
-    attention = (9 if device == "cpu" else 8) * number * width + FP32 * model.heads
-    layer = 4 * norm + attention + 4 * number * model.mlp_width
-    conditioned, inside = layer + (2 * number * width if model.noise_conditioning else 0), 0
-    if objective.layer_checkpointing != "none":  # the inside of one layer is there while its backward pass runs
-        products = number * (6 * width + 2 * model.mlp_width) + FP32 * model.heads if objective.layer_checkpointing == "selective" else 0
-        kept = number * width + products
-        layer, conditioned, inside = kept, kept, conditioned - kept
-    iteration = 2 * number * width + model.core_layers * conditioned
-    readout = model.coda_layers * conditioned + 2 * norm + number * width
-    once = model.prelude_layers * layer + readout + inside
-    if isinstance(objective, BackpropagationThroughTime):
-        depth = most_trained_iterations(objective, seed, steps)
-        return once + (depth * number * width + iteration if objective.activation_checkpointing else depth * iteration)
-    if model.noise_conditioning:
-        once += FP32 * width  # the targets' embeddings
-    if model.self_conditioning:
-        once += number * width
-    if model.core_readout:
-        once += norm + 2 * number * width
-    return once + iteration
-
-
-def mask_bytes(model: ModelConfig, number: int, tokens: int, sequence_length: int) -> int:
-    """Bytes of the one mask that keeps documents apart, for a micro-batch of so many tokens in sequences of that length."""
-    return 0 if model.document_mark is None else number * tokens * sequence_length
-
-
-def logit_bytes(model: ModelConfig, number: int, tokens: int) -> int:
-    """An estimate of the bytes of the logits of a micro-batch of so many tokens, where they take the most: those of the part of the tokens
-    whose loss is taken at a time, and the sum of the embedding's gradient, which waits for the backward pass."""
-    part = parts_of(tokens, model.vocab_size)[0].stop * model.vocab_size
-    logits = (2 * FP32 + (number if number != FP32 and model.posterior_readout else 0)) * part
-    return logits + FP32 * model.vocab_size * model.width * (2 if model.core_readout else 1)
-
-
 def rank_memory(shares: Shares, model: ModelConfig, config: Config, objective: Objective, world: World, steps: int) -> Memory:
     """All that a rank holds, of a run of so many steps; of the world only its size and its kind of device matter. UserError where the
     global batch cannot be shared evenly."""
-    number, accumulation = config.engine.dtype(world.device).itemsize, config.batch.accumulation(world.size)
-    tokens = config.batch.micro_sequences * config.data.sequence_length
-    memory = engine_memory(shares, config, number, accumulation)
-    memory.activations = round(tokens * activation_bytes(model, objective, number, world.device.type, config.run.seed, steps))
-    memory.activations += mask_bytes(model, number, tokens, config.data.sequence_length)
-    memory.logits = logit_bytes(model, number, tokens)
+    passes, accumulation = Passes.of(config, world.device), config.batch.accumulation(world.size)
+    length = config.data.sequence_length
+    tokens = config.batch.micro_sequences * length
+    memory = engine_memory(shares, config, passes.number, accumulation)
+    memory.activations = round(tokens * activation_bytes(model, objective, passes, config.run.seed, steps))
+    memory.activations += embedding_gradient_bytes(model, passes.stored) + mask_bytes(model, passes.number, tokens, length)
+    memory.loss = loss_bytes(model, objective, passes, tokens)
     memory.embedding_gradients = 2 * FP32 * model.vocab_size * model.width
     return memory
 

@@ -1,5 +1,6 @@
-"""engine.compile=true, with the real compiler: the same run, and a warm-up that leaves no trace."""
+"""engine.compile=true, with the real compiler: the same run, and a warm-up that leaves no trace; and what compiled code saves."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,9 +8,14 @@ import shutil
 import pytest
 import torch
 
+from rdtrain.activations import Passes, activation_bytes
 from rdtrain.config import load_config
 from rdtrain.metrics import read_metrics
 from rdtrain.model.information import UNIT
+from rdtrain.model.layers import SandwichBlock
+from rdtrain.model.noise import NoiseSettings
+from rdtrain.objectives import ObjectiveSettings, build_objective
+from rdtrain.randomness import SampleRandom
 from rdtrain.train import train
 
 SMALL = {"width": 16, "heads": 2, "mlp_width": 16, "core_layers": 1, "iterations": 4}
@@ -67,3 +73,40 @@ def test_a_machine_without_a_compiler_is_refused_in_one_sentence(tiny_config, rd
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     result = rdtrain("train", "--config", tiny_config(model=SMALL), "engine.compile=true")
     refused(result, "torch.compile failed", "install a C++ compiler, or set engine.compile=false")
+
+
+@pytest.mark.parametrize(
+    ("settings", "autocast", "apart"),
+    [
+        ({"self_conditioning": True, "core_readout": True}, torch.bfloat16, False),
+        ({}, torch.float32, True),
+        ({"name": "bptt", "trained_iterations": 2, "depth": "fixed", "layer_checkpointing": "selective"}, torch.bfloat16, False),
+    ],
+)
+def test_the_estimate_of_activations_is_what_compiled_code_saves(settings, autocast, apart, build_model, monkeypatch):
+    """What the partitioner saves that grows with tokens: weights, their casts and states of random number generators apart. No kernels are
+    made of what it divides."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    objective = build_objective(ObjectiveSettings(**settings), NoiseSettings(), 4)
+    model = build_model(width=64, mlp_width=160, prelude_layers=2, core_layers=2, coda_layers=1, vocab_size=30, **objective.model_fields)
+    model.checkpoint_layers(objective.layer_checkpointing)
+    objective.compile(model, [part for part in model.modules() if isinstance(part, SandwichBlock)] if apart else ())
+    shapes = {tuple(weight.shape) for weight in model.parameters()} | {tuple(reversed(weight.shape)) for weight in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        if tensor.dim() and tuple(tensor.shape) not in shapes and tensor.dtype != torch.uint8:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept, so that no address is used again
+        return tensor
+
+    tokens = torch.randint(30, (8, 48), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", autocast, autocast != torch.float32):
+        objective(model, tokens, SampleRandom(0, range(8), torch.device("cpu"), 0))
+    torch._dynamo.reset()
+    actual = sum(storage.nbytes() for storage in saved.values()) / (8 * 47)
+    inside = 0
+    if objective.layer_checkpointing == "selective":  # what a layer computes again is there in its backward pass alone
+        inside = 2 * (4 * 64 + 160) + 4 * 4
+    estimate = activation_bytes(model.config, objective, Passes(autocast.itemsize, 4, "cpu", True, apart), seed=0, steps=1) - inside
+    assert estimate == pytest.approx(actual, rel=0.02)

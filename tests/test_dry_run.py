@@ -9,11 +9,12 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from rdtrain.activations import Passes, activation_bytes
 from rdtrain.config import load_config
 from rdtrain.distributed import World
 from rdtrain.dry_run import dry_run
 from rdtrain.errors import UserError
-from rdtrain.estimate import activation_bytes, parameters_by_part
+from rdtrain.estimate import parameters_by_part
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import ObjectiveSettings, build_objective
 from rdtrain.randomness import SampleRandom
@@ -109,7 +110,7 @@ def test_the_estimate_of_activations_is_what_autograd_saves(settings, autocast, 
         objective(model, tokens, SampleRandom(0, range(4), torch.device("cpu"), 0))
     actual = sum(storage.nbytes() for storage in saved.values()) / (4 * 47)
     # of a run of one step, whose depth is that of the objective's
-    estimate = activation_bytes(model.config, objective, autocast.itemsize, "cpu", seed=0, steps=1)
+    estimate = activation_bytes(model.config, objective, Passes(autocast.itemsize, 4, "cpu"), seed=0, steps=1)
     assert estimate == pytest.approx(actual, rel=0.05)
 
 
@@ -129,7 +130,7 @@ def test_the_estimate_of_what_checkpointed_layers_keep_is_what_lives_after_the_f
             loss = objective(model, torch.zeros(4, 49, dtype=torch.int64), SampleRandom(0, range(4), torch.device("cpu"), 0))
         kept = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and id(thing) not in before]
         actual.append(sum({thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes() for thing in kept}.values()) / (4 * 48))
-        estimate.append(activation_bytes(model.config, objective, autocast.itemsize, "cpu", seed=0, steps=1))
+        estimate.append(activation_bytes(model.config, objective, Passes(autocast.itemsize, 4, "cpu"), seed=0, steps=1))
         loss.value.backward()
     assert actual[1] - actual[0] == pytest.approx(estimate[1] - estimate[0], rel=0.02)
 

@@ -68,7 +68,7 @@ def test_what_is_proposed_fits(config, arm):
         config = override(config, ["objective.name=bptt", "objective.gradient=full"])
     large = override(config, ["model.width=16384", "model.heads=128", "model.mlp_width=49152"])
     kinds = set()
-    for config, memory in [(config, memory) for memory in (2.6, 3, 4, 6, 9, 14, 40, 1000)] + [(large, 10)]:
+    for config, memory in [(config, memory) for memory in (2.6, 2.87, 4, 6, 9, 14, 40, 1000)] + [(large, 10)]:
         found = cost(arm, config, VOCABULARY, cluster(4, memory=memory), 1e9)
         if found.fits:
             assert found.change is None and found.largest_micro >= 16

@@ -70,8 +70,8 @@ class Measurement:
     mfu, hfu: shares of the devices' peak without and with what the backward pass computes again; None where no peak is known.
     memory: `peak` and `reserved` by rank 0's allocator, and a split, see StepMemory; the peak is that of the rank that has most.
         `left_over` is what cases before this one have left allocated (a few MiB; ZeRO-3 leaves more); the peak is without it.
-    estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, logits and gathered weights, gradients apart; `peak`
-        weights, optimizer state, messages and the larger of passes and gradients, see docs/performance.md.
+    estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, gathered weights and what the loss takes, gradients
+        apart; for `peak` see docs/performance.md.
     traffic: bytes that a rank sends, by kind of collective, by the same arithmetic.
     """
 

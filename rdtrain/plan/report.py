@@ -1,9 +1,6 @@
 """A plan as people read it: what each arm computes, what it costs on so many GPUs, where memory goes, and what would have to change."""
 
-from dataclasses import fields
-
 from ..config import Config
-from ..estimate import Memory
 from ..tables import bytes_text, columns
 from .costing import Cluster, Cost
 
@@ -71,13 +68,13 @@ def _table(costs: list[Cost], price: float | None) -> str:
 
 
 def _memory(possible: list[Cost]) -> str:
-    kinds = [field.name for field in fields(Memory) if any(getattr(row.memory, field.name) for row in possible)]
+    kinds = [kind for kind in possible[0].memory.kinds if any(row.memory.kinds[kind] for row in possible)]
     lines = [["GiB of a GPU", *(_kind(kind) for kind in kinds), "peak"]]
     for row in possible:
-        found = (getattr(row.memory, kind) / 2**30 for kind in kinds)
+        found = (row.memory.kinds[kind] / 2**30 for kind in kinds)
         lines.append([f"{row.gpus:,}, {row.arm}", *(f"{count:,.2f}" for count in found), f"{row.peak / 2**30:,.2f}"])
     return columns(lines) + (
-        "\nGradients come as activations go, so the peak is less than the sum; activations and logits are estimates, of uncompiled code."
+        "\nGradients come as activations go, so the peak is less than the sum; activations, and what the loss takes, are estimates."
     )
 
 
