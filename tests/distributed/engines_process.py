@@ -14,7 +14,20 @@ from contextlib import nullcontext
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from processes import ARGUMENTS, DEVICE, RATE, VOCABULARY, mean_of_ranks, micro_batch, plain_adamw, run_cases, whole_snapshot
+from processes import (
+    ARGUMENTS,
+    DEVICE,
+    RATE,
+    VOCABULARY,
+    assert_norms_by_part,
+    copy_of_weights,
+    mean_of_ranks,
+    micro_batch,
+    norms_by_part,
+    plain_adamw,
+    run_cases,
+    whole_snapshot,
+)
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,21 +113,23 @@ OPTIMIZER = OptimizerSettings(learning_rate=RATE, gradient_clipping=0.5)
 
 
 @functools.cache
-def plain_run(name: str, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
-    """Losses, gradient norms, final weights and final held-out likelihood of three sequences."""
+def plain_run(name: str, steps: int) -> tuple[list[float], list[float], list[dict], dict[str, torch.Tensor], float]:
+    """Losses, gradient norms, norms by part, final weights and final held-out likelihood of three sequences."""
     model, objective = build(name, checkpointing=False)
     optimizer = plain_adamw(model.to(DEVICE).parameters(), model.embedding.weight, OPTIMIZER)
-    losses, norms = [], []
+    losses, norms, by_part = [], [], []
     for step in range(steps):
         loss = objective(model, *micro_batch(range(step * GLOBAL, (step + 1) * GLOBAL), step)).value
         optimizer.zero_grad()
         loss.backward()
+        gradients, before = {key: p.grad.clone() for key, p in model.named_parameters()}, copy_of_weights(model)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping).item())
         optimizer.step()
+        by_part.append(norms_by_part(gradients, before, copy_of_weights(model)))
         losses.append(loss.item())
     with torch.no_grad():
         nll = objective.held_out_nll(model, *held_out()).mean().item()
-    return losses, norms, {key: value.clone() for key, value in model.state_dict().items()}, nll
+    return losses, norms, by_part, {key: value.clone() for key, value in model.state_dict().items()}, nll
 
 
 class Gathers(TorchDispatchMode):
@@ -139,7 +154,7 @@ def check(case: str, steps: int, world: World) -> str:
     way, name, checkpointing, accumulation, precision = case.split()
     settings, accumulation = EngineSettings(**WAYS[way], precision=precision), int(accumulation[:-1])
     tolerance = (CHAIN_TOLERANCE if name == "chain" else TOLERANCE)[precision]
-    losses, norms, weights, nll = plain_run(name, steps)
+    losses, norms, by_part, weights, nll = plain_run(name, steps)
     torch._dynamo.reset()  # compiled code is kept for each function, and the case before has filled its place
     micro, exact = GLOBAL // accumulation // world.size, precision == "fp32"
 
@@ -152,12 +167,15 @@ def check(case: str, steps: int, world: World) -> str:
         for step in range(first, last):
             batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, micro))
             counted = OBJECTIVES[name]["name"] == "bptt" and way in ("fsdp", "zero-3")
+            engine.measure_step()
             with Gathers() if counted else nullcontext() as gathers:
                 values = [loss.value.item() for loss in engine.train_step(batches, RATE)]
             assert len(values) == accumulation
             if counted:  # once for the forward pass and once for the backward, whatever the depth
                 assert gathers.count <= 2 * accumulation * len(weights), f"{case}: {gathers.count} gathers in step {step}"
             found.append((mean_of_ranks(values, world), engine.gradient_norm()))
+            if exact:  # in bf16 a part's own norm has more rounding in it than the whole one's, which is held to the loop's below
+                assert_norms_by_part(engine.norms_by_part(), by_part[step], f"{case}: step {step}")
         return found
 
     def likelihood(engine) -> float:
