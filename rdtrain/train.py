@@ -29,7 +29,8 @@ from .engine import Engine, build_engine, start_processes
 from .errors import UserError, first_line
 from .evaluation import Evaluator
 from .faults import StepJudge, too_many_skipped
-from .metrics import MetricLogger, MetricSums
+from .hardware import model_flops_utilization
+from .metrics import MetricLogger, MetricSums, slowest_rank
 from .model.attention import attention_backend, refuse_head_width
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective, build_objective
@@ -249,7 +250,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                  facts: dict, state: dict) -> int:
     """The loop, from the state of a checkpoint on, or of the start; `facts` go into every checkpoint."""
     folder, seed = Path(config.run.folder), config.run.seed
-    batch, schedule, groups = config.batch, config.schedule, config.engine.groups(config.model.blocks)
+    batch, schedule, groups, gathers = config.batch, config.schedule, config.engine.groups(config.model.blocks), config.engine.gathers_weights
     step, seconds = state["step"], state["seconds"]
     judge = StepJudge(config.faults, config.model.blocks, world, state.get("judge"))
     settings = config.result_settings() | {"data": None}  # machines may have the same data in different places
@@ -313,14 +314,17 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                 error.everywhere = False  # a rank reads samples of its own
                 raise
             waited += time.perf_counter() - asked_for
+            last = step + 1 == plan.total_steps
+            evaluate = last or (step + 1) % config.evaluation.interval == 0
+            due = due or (step + 1) % config.checkpoint.interval == 0
+            log = due or evaluate or (step + 1) % config.logging.interval == 0
+            if log:
+                engine.measure_step()
             run_step(engine, plan.objective, read, rate, of_step, seed, step, world, judge, sums)
             step += 1
             checkpoints.after_step()
             stop = answer()
-            last = step == plan.total_steps
-            evaluate = last or step % config.evaluation.interval == 0
-            due = due or step % config.checkpoint.interval == 0
-            log = stop or due or evaluate or step % config.logging.interval == 0
+            log = log or stop > 0
             if log and world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - started
@@ -346,12 +350,16 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                     **sums.means(world),
                     "learning_rate": rate,
                     "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
+                    **engine.norms_by_part(skipped=bool(judge.row)),
                     "skipped_steps": judge.total,
                     "step_seconds": step_seconds,
                     "data_wait_seconds": world.maximum(waited_seconds),
                     "tokens_per_second": plan.tokens_per_step / step_seconds,
+                    "mfu": model_flops_utilization(plan.flops_per_step / step_seconds, facts),
+                    **slowest_rank(None if gathers else engine.measurement.pass_seconds(), waited_seconds, world),
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
                 }
+                engine.measurement.end()
                 if evaluate:
                     watch.work(f"the evaluation of step {step}")
                     asked = None

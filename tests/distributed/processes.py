@@ -60,8 +60,7 @@ def copy_of_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def norms_by_part(gradients: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """What an engine's `norms_by_part` must be, from whole gradients (unclipped) and the weights before and after a step, by name; a
-    gradient's squares count with what is given for its name."""
+    """What an engine's `norms_by_part` must be, from whole gradients (unclipped) and the weights before and after a step, by name."""
     words = {
         "embedding": ["embedding"], "prelude": ["prelude_layers"], "core": ["cores"],
         "coda": ["coda_layers", "final_norm", "core_norm", "core_scale"], "conditioning": ["noise_embedding", "estimate_adapter"],
