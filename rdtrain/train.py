@@ -250,7 +250,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                  facts: dict, state: dict) -> int:
     """The loop, from the state of a checkpoint on, or of the start; `facts` go into every checkpoint."""
     folder, seed = Path(config.run.folder), config.run.seed
-    batch, schedule, groups, gathers = config.batch, config.schedule, config.engine.groups(config.model.blocks), config.engine.gathers_weights
+    batch, schedule, groups = config.batch, config.schedule, config.engine.groups(config.model.blocks)
     step, seconds = state["step"], state["seconds"]
     judge = StepJudge(config.faults, config.model.blocks, world, state.get("judge"))
     settings = config.result_settings() | {"data": None}  # machines may have the same data in different places
@@ -259,7 +259,8 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
         mixture.continue_from(state.get("mixture", []), step * batch.global_sequences)
     phases = mixture and mixture.phases
     identity = repr((settings, plan.total_steps, plan.tokenizer_hash, plan.loader.samples_per_epoch, phases))
-    logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world, resume_step=step)
+    logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world,
+                          resume_step=step - bool(state.get("unfinished_record")))  # that record is still to be written
 
     def shares(step: int, rank: int = world.rank) -> list[range]:
         return rank_indices(step, batch.global_sequences, world.size, rank, batch.micro_sequences, groups)
@@ -356,7 +357,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                     "data_wait_seconds": world.maximum(waited_seconds),
                     "tokens_per_second": plan.tokens_per_step / step_seconds,
                     "mfu": model_flops_utilization(plan.flops_per_step / step_seconds, facts),
-                    **slowest_rank(None if gathers else engine.measurement.pass_seconds(), waited_seconds, world),
+                    **slowest_rank(None if config.engine.gathers_weights else engine.measurement.pass_seconds(), waited_seconds, world),
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
                 }
                 engine.measurement.end()
