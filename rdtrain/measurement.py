@@ -2,7 +2,7 @@
 
 Norms are taken by the optimizer, which sees the same under every engine: fp32 weights, averaged and clipped gradients, and Adam's moments,
 whole or a rank's fragments of them. An engine says which elements belong to which parameter, and how squares add up over ranks. Nothing
-waits for the device before the numbers are read, and no more memory is needed than a few copies of one parameter, or fragment.
+waits for the device before the numbers are read, and no more memory is needed than one copy of one parameter, or fragment, at a time.
 """
 
 import time
@@ -17,7 +17,8 @@ PARTS = {
     "embedding": "embedding", "prelude_layers": "prelude", "cores": "core", "coda_layers": "coda", "final_norm": "coda",
     "core_norm": "coda", "core_scale": "coda", "noise_embedding": "conditioning", "estimate_adapter": "conditioning",
 }
-"""The first word of a parameter's name -> its part. Conditioning is what tells core and coda of the noise level and of the estimate before."""
+"""The first word of a parameter's name -> its part. Conditioning is what tells core and coda of the noise level and of the estimate
+before."""
 
 NAMES = tuple(dict.fromkeys(PARTS.values()))
 """The parts, in the order of rows."""

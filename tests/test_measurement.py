@@ -1,6 +1,7 @@
 """What is measured inside of a step, on the plain engine; tests/distributed holds every other engine's norms to a loop."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_norms_are_those_of_autograds_gradients_and_of_the_weights_before_and_af
             squares[WORDS[name.split(".")[0]]] += torch.stack([each.square().sum() for each in (gradient.double(), new - old, new)])
         assert engine.gradient_norm() > 0.1  # it was clipped
         assert found["gradient_norm_by_part"] == pytest.approx({part: of[0].sqrt().item() for part, of in squares.items()}, rel=1e-4)
-        assert found["update_size_by_part"] == pytest.approx({part: (of[1] / of[2]).sqrt().item() for part, of in squares.items()}, rel=1e-4)
+        sizes = {part: (of[1] / of[2]).sqrt().item() for part, of in squares.items()}
+        assert found["update_size_by_part"] == pytest.approx(sizes, rel=1e-4)
 
 
 def test_a_step_that_is_skipped_moves_nothing_and_one_that_is_not_measured_tells_nothing(engine):
@@ -90,6 +92,14 @@ def test_records_between_which_nothing_is_logged_measure_the_step_that_they_end_
         for name in ("gradient_norm_by_part", "update_size_by_part"):
             assert record[name] == often[record["step"]][name] and all(record[name].values())
         assert record["mfu"] is None  # of a CPU
+
+
+def test_every_key_of_a_record_is_explained(tiny_config, tmp_path):
+    for name, objective in (("blocks", {}), ("bptt", {"name": "bptt"})):
+        assert train(load_config(tiny_config(name, objective=objective, schedule={"steps": 2}))) == 0
+    told = {key for name in ("blocks", "bptt") for record in read_metrics(tmp_path / name / "metrics.jsonl") for key in record}
+    page = (Path(__file__).parent.parent / "docs/watching.md").read_text()
+    assert len(told) > 15 and not {key for key in told if f"`{key}`" not in page}
 
 
 def test_mfu_is_known_in_bf16_of_gpus_that_are_known():

@@ -38,8 +38,8 @@ NOISE_BINS = 16
 
 
 def noise_bins(sigma: Tensor, settings: NoiseSettings) -> Tensor:
-    """The bin, counted from 0 at sigma_min, of noise levels of any shape: bin i is that of sigma_min (sigma_max / sigma_min)^(i / NOISE_BINS)
-    up to, without it, the next one's first; sigma_max itself is in the last. int64."""
+    """The bins of noise levels of any shape, int64: bin i, from 0 on, begins at sigma_min (sigma_max / sigma_min)^(i / NOISE_BINS), and
+    sigma_max itself is in the last."""
     first, last = math.log(settings.sigma_min), math.log(settings.sigma_max)
     return ((sigma.log() - first) * (NOISE_BINS / (last - first))).long().clamp(0, NOISE_BINS - 1)
 

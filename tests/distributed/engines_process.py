@@ -10,6 +10,7 @@ not. `short` compiles without the last stage, which writes the kernels' code and
 
 import functools
 import sys
+import time
 from contextlib import nullcontext
 
 import torch
@@ -35,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rdtrain.data.loader import rank_indices
 from rdtrain.distributed import World
 from rdtrain.engine import EngineSettings, build_engine, deepspeed_config
+from rdtrain.metrics import slowest_rank
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
-from rdtrain.objectives import Objective, ObjectiveSettings, build_objective
+from rdtrain.objectives import DiffusionBlocks, Objective, ObjectiveSettings, build_objective
 from rdtrain.optimization import OptimizerSettings
 from rdtrain.randomness import SampleRandom
 
@@ -149,6 +151,21 @@ def check_sharding(engine) -> None:
         assert not whole, f"{name} is whole"
 
 
+def check_slow_rank(engine, micro: int, world: World) -> None:
+    """The last rank's passes take a second longer, for which the others wait in the step, and not in their own passes."""
+    passes = DiffusionBlocks.__call__
+    DiffusionBlocks.__call__ = lambda *arguments: time.sleep(world.rank == world.size - 1) or passes(*arguments)
+    try:
+        engine.measure_step()
+        engine.train_step([micro_batch(range(world.rank * micro, (world.rank + 1) * micro), 0)], RATE)
+    finally:
+        DiffusionBlocks.__call__ = passes
+    told = slowest_rank(engine.measurement.pass_seconds(), 0.0, world)
+    assert told["slowest_rank"] == world.size - 1 and told["slowest_rank_excess"] > 0.2, told
+    if world.size == 2:  # the median is the mean of both
+        assert told["rank_seconds"] * (1 - told["slowest_rank_excess"]) < 0.9, told
+
+
 def check(case: str, steps: int, world: World) -> str:
     """AssertionError where a case is not what the plain loop says; returns its largest deviations."""
     way, name, checkpointing, accumulation, precision = case.split()
@@ -214,6 +231,8 @@ def check(case: str, steps: int, world: World) -> str:
         error = (tensor.float() - right).norm() / right.norm().clamp(min=1)
         assert error < WEIGHT_TOLERANCE[precision], f"{case}: {key} is off by {error:.1e}"
 
+    if case == "zero-1 diffusion_blocks plain 1x fp32":
+        check_slow_rank(engine, micro, world)
     if accumulation == 1 and not settings.compile:
         return f"{off:.1e} {norm_off:.1e}"  # saving and loading has nothing to do with accumulation: once is enough
     again, continued = start(), []
