@@ -39,7 +39,7 @@ class Measurement:
     """Of one step of one rank, between `begin` and the next one; at other steps nothing is done."""
 
     def __init__(self):
-        self.wanted = False
+        self.wanted = self._stepped = False
         self._fragments: dict[Tensor, list[tuple[int, int, int]]] = {}
         self._squares: list[tuple[int, int, Tensor]] = []
         self._passes: list[tuple] = []
@@ -50,11 +50,12 @@ class Measurement:
         for name, tensor, first, elements in places:
             if elements:
                 self._fragments.setdefault(tensor, []).append((NAMES.index(part_of(name)), first, elements))
-        self.wanted, self._squares, self._passes = True, [], []
+        self.wanted, self._stepped, self._squares, self._passes = True, False, [], []
 
     @torch.no_grad()
     def add_gradients(self, groups: list[dict]) -> None:
         """The gradients that an optimizer is about to step these groups by."""
+        self._stepped = True
         for tensor in self._of(groups):
             gradient = _flat(tensor.grad)
             for row, first, elements in self._fragments.get(tensor, ()):
@@ -90,9 +91,11 @@ class Measurement:
     def squares(self, device: torch.device) -> Tensor | None:
         """This rank's sums of squares, fp64 [parts, columns]; None where the step was not measured, or was left out before the optimizer
         was asked."""
-        if not self.wanted or not self._squares:
+        if not (self.wanted and self._stepped):
             return None
         total = torch.zeros(len(NAMES), 3, dtype=torch.float64, device=device)
+        if not self._squares:  # all elements are other ranks'
+            return total
         rows, columns, values = zip(*self._squares)
         where = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
         return total.index_put(where, torch.stack(values).to(device), accumulate=True)

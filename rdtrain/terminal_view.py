@@ -194,7 +194,7 @@ def _numbers(run: WatchedRun) -> list[tuple[str, ...]]:
         ("tokens", _number(run.last("tokens"))), ("training FLOPs", f"{run.last('training_flops') or 0:.2e}"),
         ("skipped steps", _number(run.last("skipped_steps"))),
         ("waiting for data", f"{_number(_times(1000, run.recent('data_wait_seconds')))} ms a step"),
-        ("slowest rank", "-" if run.slowest_rank is None else "{}, {:.0%} above the median".format(*run.slowest_rank)),
+        ("slowest rank", "-" if run.slowest_rank is None else "{}, median {:+.0%}".format(*run.slowest_rank)),
         ("newest checkpoint", newest.read_text().strip() if newest.exists() else "none"),
     ]
     return [(*first, *second) for first, second in zip(pairs[::2], pairs[1::2])]

@@ -118,6 +118,9 @@ class Engine(ABC):
     measurement: Measurement
     """The training module's and the optimizer's."""
 
+    _clipping: float
+    """Largest global norm of the gradient; infinity for none."""
+
     @abstractmethod
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None,
                    judge: Judge | None = None) -> list[Loss]:
@@ -176,9 +179,6 @@ class Engine(ABC):
                     if not skipped and row[WEIGHT]:
                         updates[part] = math.sqrt(row[UPDATE] / row[WEIGHT])
         return {"gradient_norm_by_part": gradients, "update_size_by_part": updates}
-
-    _clipping: float
-    """Largest global norm of the gradient; infinity for none."""
 
     @abstractmethod
     def _places(self) -> Iterable[Place]:
