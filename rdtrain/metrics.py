@@ -7,6 +7,7 @@ first, so that the file reads as if nothing had happened.
 import json
 import statistics
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .data.output import write_atomically
 from .distributed import World
-from .errors import UserError, first_line
+from .errors import UserError
 from .objectives import Metrics
 
 
@@ -38,6 +39,14 @@ class LoggingSettings:
         """ValueError for an interval without steps."""
         if self.interval < 1:
             raise ValueError(f"interval must be at least 1, and it is {self.interval}")
+
+
+def refuse_missing(settings: LoggingSettings) -> None:
+    """UserError where a package that the settings ask for is not installed: on every rank, before any of them starts."""
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "logging.tensorboard=true needs TensorBoard, which is not installed: `pip install rdtrain[tensorboard]`, or leave it off"
+        )
 
 
 class MetricLogger:
@@ -162,12 +171,8 @@ def _start_wandb(folder: Path, settings: LoggingSettings, config: dict, name: st
 
 def _start_tensorboard(folder: Path, resume_step: int):
     """A writer of one more event file of a run's folder; readers drop what earlier ones have of steps after resume_step."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            f"logging.tensorboard=true needs TensorBoard ({first_line(error)}): `pip install rdtrain[tensorboard]`, or leave it off"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     try:
         return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
     except OSError as error:

@@ -30,7 +30,7 @@ from .errors import UserError, first_line
 from .evaluation import Evaluator
 from .faults import StepJudge, too_many_skipped
 from .hardware import model_flops_utilization
-from .metrics import MetricLogger, MetricSums, slowest_rank
+from .metrics import MetricLogger, MetricSums, refuse_missing, slowest_rank
 from .model.attention import attention_backend, refuse_head_width
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective, build_objective
@@ -58,6 +58,7 @@ class Plan:
     @classmethod
     def make(cls, config: Config, world: World) -> "Plan":
         """Opens the shards. UserError for anything that does not fit together."""
+        refuse_missing(config.logging)
         length = config.data.sequence_length
         loader = open_loader(config.data.train, config.data.mixture, config.data.rows, length, config.run.seed)
         shards = loader.reader

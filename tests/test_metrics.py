@@ -69,10 +69,11 @@ def test_tensorboard_shows_what_metrics_jsonl_holds_after_a_run_that_continued_t
     assert found["loss_by_noise_level/16"] == pytest.approx({step: loss for step, loss in by_level.items() if loss is not None})
 
 
-def test_without_tensorboard_installed_a_sentence_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+def test_without_tensorboard_installed_a_sentence_says_what_to_install(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match=r"pip install rdtrain\[tensorboard\]"):
-        MetricLogger(tmp_path, LoggingSettings(tensorboard=True), {}, "run", World(0, 1, 0, torch.device("cpu")), resume_step=0)
+        train(load_config(tiny_config(logging={"tensorboard": True})))
+    assert not (tmp_path / "run").exists()  # before anything starts
 
 
 def wandb_records(file: Path) -> list[bytes]:
