@@ -56,3 +56,10 @@ def peak_flops(name: str) -> float | None:
     if "MIG" in name:
         return None
     return next((1e12 * gpu.tflops for gpu in GPUS if re.search(gpu.pattern, name)), None)
+
+
+def model_flops_utilization(flops: float, facts: dict) -> float | None:
+    """MFU: the model's operations a second, of all ranks, as a share of what the run's GPUs have on paper; None where that is not known,
+    and on a CPU or in fp32. facts: `machine`, `device`, `precision` and `ranks`, of a run's record (run.json)."""
+    peak = peak_flops(facts["machine"]) if facts["device"] == "cuda" and facts["precision"] == "bfloat16" else None
+    return flops / (peak * facts["ranks"]) if peak else None

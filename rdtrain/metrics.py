@@ -1,11 +1,13 @@
-"""Where the numbers of a run go: metrics.jsonl always, wandb with one setting.
+"""Where the numbers of a run go: metrics.jsonl always, wandb and TensorBoard with one setting each.
 
 A record is one JSON object a line, with its step. When a run continues from a checkpoint, records of later steps are dropped
 first, so that the file reads as if nothing had happened.
 """
 
 import json
+import statistics
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +27,13 @@ class LoggingSettings:
     interval: steps between two records.
     wandb: `disabled`, `offline` (a run folder that `wandb sync` uploads later) or `online`.
     wandb_project: the project's name there.
+    tensorboard: write event files into the run's folder (needs `pip install rdtrain[tensorboard]`).
     """
 
     interval: int = 10
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "rdtrain"
+    tensorboard: bool = False
 
     def __post_init__(self):
         """ValueError for an interval without steps."""
@@ -37,12 +41,20 @@ class LoggingSettings:
             raise ValueError(f"interval must be at least 1, and it is {self.interval}")
 
 
+def refuse_missing(settings: LoggingSettings) -> None:
+    """UserError where a package that the settings ask for is not installed: on every rank, before any of them starts."""
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "logging.tensorboard=true needs TensorBoard, which is not installed: `pip install rdtrain[tensorboard]`, or leave it off"
+        )
+
+
 class MetricLogger:
     """Writes records on rank 0; on other ranks it does nothing."""
 
     def __init__(self, folder: Path, settings: LoggingSettings, config: dict, name: str, world: World, resume_step: int):
-        """resume_step: records of later steps are dropped. UserError when wandb is asked for and cannot start."""
-        self._file = self._wandb = None
+        """resume_step: records of later steps are dropped. UserError when wandb or TensorBoard is asked for and cannot start."""
+        self._file = self._wandb = self._tensorboard = None
         if not world.is_main:
             return
         self._path = folder / "metrics.jsonl"
@@ -51,6 +63,8 @@ class MetricLogger:
         self._file = self._path.open("a")
         if settings.wandb != "disabled":
             self._wandb = _start_wandb(folder, settings, config, name)
+        if settings.tensorboard:
+            self._tensorboard = _start_tensorboard(folder, resume_step)
 
     def log(self, record: dict) -> None:
         """Append one record; it must hold `step`."""
@@ -64,7 +78,11 @@ class MetricLogger:
                 f"{self._path} cannot be written ({error.strerror}): free some disk space and start the same command again to continue"
             ) from error
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in _flat(record).items() if value is not None}, step=record["step"])
+            self._wandb.log(_flat(record), step=record["step"])
+        if self._tensorboard is not None:
+            for key, value in _flat(record).items():
+                self._tensorboard.add_scalar(key, value, record["step"])
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Finish the file and the wandb run."""
@@ -72,6 +90,8 @@ class MetricLogger:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -115,6 +135,22 @@ class MetricSums:
         return result
 
 
+def slowest_rank(pass_seconds: float | None, waited_seconds: float, world: World) -> dict[str, float]:
+    """Which rank others wait for: the time of each before it waits for another, which is its wait for data, in the mean over the steps
+    since the last record, and the forward passes of the last step. Collective.
+
+    pass_seconds: of this rank; None where they were not timed, or gather weights from all ranks, which keeps every rank at the pace of the
+    slowest: then nothing is said, and neither is of one rank.
+    """
+    if world.size == 1 or pass_seconds is None:
+        return {}
+    seconds = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    seconds[world.rank] = pass_seconds + waited_seconds
+    seconds = world.sum(seconds).tolist()
+    median, slowest = statistics.median(seconds), max(seconds)
+    return {"rank_seconds": median, "slowest_rank": seconds.index(slowest), "slowest_rank_excess": slowest / median - 1}
+
+
 def _start_wandb(folder: Path, settings: LoggingSettings, config: dict, name: str):
     """The wandb run of a run's folder: a new one, or the one that an earlier start of this run has made."""
     import wandb
@@ -133,12 +169,24 @@ def _start_wandb(folder: Path, settings: LoggingSettings, config: dict, name: st
     return run
 
 
+def _start_tensorboard(folder: Path, resume_step: int):
+    """A writer of one more event file of a run's folder; readers drop what earlier ones have of steps after resume_step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+    except OSError as error:
+        raise UserError(f"{folder / 'tensorboard'} cannot be written ({error.strerror}): free some disk space, or leave it off") from error
+
+
 def _flat(record: dict) -> dict:
-    """Lists become one number an element: loss_by_iteration/01 and so on."""
+    """One number an element of lists and dictionaries, loss_by_iteration/01 and gradient_norm_by_part/core; without those that are None."""
     flat = {}
     for key, value in record.items():
         if isinstance(value, list):
-            flat |= {f"{key}/{index:02d}": element for index, element in enumerate(value, start=1)}
+            value = {f"{index:02d}": element for index, element in enumerate(value, start=1)}
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": element for name, element in value.items()}
         else:
             flat[key] = value
-    return flat
+    return {key: value for key, value in flat.items() if value is not None}

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .measurement import Measurement
 from .model.recurrent import RecurrentDepthLM
 
 
@@ -107,6 +108,9 @@ class BlockAdamW(torch.optim.AdamW):
     """Asked in each step whether it must change nothing: a bool scalar, the same however often it is asked. None for never. A fused
     optimizer leaves the choice to the device that holds the scalar."""
 
+    measurement: Measurement | None = None
+    """Shown the gradients of each step and what it did with them."""
+
     def create_state(self) -> None:
         """State of step 0 for what `param_groups` holds now and has none."""
         for group in self.param_groups:
@@ -122,6 +126,10 @@ class BlockAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         """One step of the active groups, of those that `param_groups` holds now: ZeRO may show a part of them at a time."""
         self.create_state()
+        groups = self.param_groups
+        active = [group for group in groups if self.active_block is None or group["block"] in (None, self.active_block)]
+        if self.measurement is not None:
+            self.measurement.add_gradients(active)
         if self.must_skip is not None:
             skip = self.must_skip()
             if self.defaults["fused"]:  # torch's own means, for gradients that overflow: weights, moments and step counts stay
@@ -129,13 +137,13 @@ class BlockAdamW(torch.optim.AdamW):
                 self.found_inf = skip.to(device).float()
             elif skip:
                 return None
-        groups = self.param_groups
-        active = (None, self.active_block)
-        self.param_groups = [group for group in groups if self.active_block is None or group["block"] in active]
+        self.param_groups = active
         try:
-            return super().step(closure)
+            super().step(closure)
         finally:
             self.param_groups = groups
+        if self.measurement is not None:
+            self.measurement.add_updates(active, self.state)
 
 
 def build_optimizer(model: RecurrentDepthLM, settings: OptimizerSettings) -> BlockAdamW:

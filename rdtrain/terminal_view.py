@@ -8,6 +8,7 @@ metrics.jsonl since the last look is read, and all of it again when the file has
 import fcntl
 import json
 import math
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import UserError
-from .hardware import peak_flops
+from .hardware import model_flops_utilization
 from .tables import bytes_text
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -85,19 +86,34 @@ class WatchedRun:
         values = [value for _, value in self.values(name)[-RECENT:]]
         return sum(values) / len(values) if values else None
 
-    def recent_by_iteration(self) -> list[float | None]:
-        """The mean loss of each iteration over the last records; None where none of them drew it."""
-        lists = [record["loss_by_iteration"] for record in self.records if record.get("loss_by_iteration")][-RECENT:]
+    def recent_by(self, name: str) -> list[float | None]:
+        """The means of a list of losses, by iteration or noise level, over the last records; None where none of them drew it."""
+        lists = [record[name] for record in self.records if record.get(name)][-RECENT:]
         known = ([loss for loss in losses if loss is not None] for losses in zip(*lists))
         return [sum(losses) / len(losses) if losses else None for losses in known]
 
     @property
     def mfu(self) -> float | None:
         """Model FLOPs a second as a share of the GPUs' on paper; None where that is not known."""
-        peak, speed = peak_flops(self.facts["machine"]), self.recent("tokens_per_second")
-        if self.facts["device"] != "cuda" or self.facts["precision"] != "bfloat16" or not peak or not speed:
+        speed = self.recent("tokens_per_second")
+        return model_flops_utilization(speed * self.facts["training_flops_per_token"], self.facts) if speed else None
+
+    def recent_by_part(self, name: str) -> dict[str, float]:
+        """The means of a metric that has a value for each part of the model, of those that have one."""
+        found: dict[str, list[float]] = {}
+        for record in [record[name] for record in self.records if record.get(name)][-RECENT:]:
+            for part, value in record.items():
+                found.setdefault(part, []).extend([] if value is None else [value])
+        return {part: sum(values) / len(values) for part, values in found.items() if values}
+
+    @property
+    def slowest_rank(self) -> tuple[int, float] | None:
+        """The rank that was the slowest of the last records' most often, and how far it then was above the median in the mean."""
+        records = [record for record in self.records if record.get("slowest_rank") is not None][-RECENT:]
+        if not records:
             return None
-        return speed * self.facts["training_flops_per_token"] / (peak * self.facts["ranks"])
+        rank = statistics.mode(record["slowest_rank"] for record in records)
+        return rank, statistics.mean(record["slowest_rank_excess"] for record in records if record["slowest_rank"] == rank)
 
     @property
     def seconds_left(self) -> float | None:
@@ -150,12 +166,19 @@ def _page(run: WatchedRun) -> RenderableType:
         values = [value for _, value in run.values(name)]
         if values:
             curves.add_row(label, f"{max(values):.3f}", Text(bars(values, CURVE), style="cyan"), f"{values[-1]:.3f}")
-    by_iteration = run.recent_by_iteration()
-    if any(by_iteration):
-        top = max(loss for loss in by_iteration if loss is not None)
-        last = f"iterations 1 to {len(by_iteration)}"
-        curves.add_row("loss", f"{top:.3f}", Text(bars(by_iteration, len(by_iteration), least=0.0), style="green"), last)
+    for name, over in (("loss_by_iteration", "iterations 1 to {}"), ("loss_by_noise_level", "noise, low to high, in {} bins")):
+        losses = run.recent_by(name)
+        if any(losses):
+            top = max(loss for loss in losses if loss is not None)
+            curves.add_row("loss", f"{top:.3f}", Text(bars(losses, len(losses), least=0.0), style="green"), over.format(len(losses)))
     parts = [head, bar, numbers, curves]
+    by_part = [run.recent_by_part(name) for name in ("gradient_norm_by_part", "update_size_by_part")]
+    if any(by_part):
+        table = Table.grid(padding=(0, 3))
+        table.add_row("", *by_part[0])
+        for label, values in zip(("gradient norm", "update / weight"), by_part):
+            table.add_row(label, *(_number(values.get(part)) for part in by_part[0]))
+        parts.append(table)
     return Panel(Group(*parts), title=str(run.folder), title_align="left")
 
 
@@ -170,6 +193,8 @@ def _numbers(run: WatchedRun) -> list[tuple[str, ...]]:
         ("MFU", "-" if run.mfu is None else f"{run.mfu:.1%}"), ("peak memory", bytes_text(run.last("peak_memory_bytes") or 0)),
         ("tokens", _number(run.last("tokens"))), ("training FLOPs", f"{run.last('training_flops') or 0:.2e}"),
         ("skipped steps", _number(run.last("skipped_steps"))),
+        ("waiting for data", f"{_number(_times(1000, run.recent('data_wait_seconds')))} ms a step"),
+        ("slowest rank", "-" if run.slowest_rank is None else "{}, median {:+.0%}".format(*run.slowest_rank)),
         ("newest checkpoint", newest.read_text().strip() if newest.exists() else "none"),
     ]
     return [(*first, *second) for first, second in zip(pairs[::2], pairs[1::2])]

@@ -29,7 +29,8 @@ from .engine import Engine, build_engine, start_processes
 from .errors import UserError, first_line
 from .evaluation import Evaluator
 from .faults import StepJudge, too_many_skipped
-from .metrics import MetricLogger, MetricSums
+from .hardware import model_flops_utilization
+from .metrics import MetricLogger, MetricSums, refuse_missing, slowest_rank
 from .model.attention import attention_backend, refuse_head_width
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective, build_objective
@@ -57,6 +58,7 @@ class Plan:
     @classmethod
     def make(cls, config: Config, world: World) -> "Plan":
         """Opens the shards. UserError for anything that does not fit together."""
+        refuse_missing(config.logging)
         length = config.data.sequence_length
         loader = open_loader(config.data.train, config.data.mixture, config.data.rows, length, config.run.seed)
         shards = loader.reader
@@ -258,7 +260,8 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
         mixture.continue_from(state.get("mixture", []), step * batch.global_sequences)
     phases = mixture and mixture.phases
     identity = repr((settings, plan.total_steps, plan.tokenizer_hash, plan.loader.samples_per_epoch, phases))
-    logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world, resume_step=step)
+    logger = MetricLogger(folder, config.logging, facts["config"], config.run.name, world,
+                          resume_step=step - bool(state.get("unfinished_record")))  # that record is still to be written
 
     def shares(step: int, rank: int = world.rank) -> list[range]:
         return rank_indices(step, batch.global_sequences, world.size, rank, batch.micro_sequences, groups)
@@ -313,14 +316,17 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                 error.everywhere = False  # a rank reads samples of its own
                 raise
             waited += time.perf_counter() - asked_for
+            last = step + 1 == plan.total_steps
+            evaluate = last or (step + 1) % config.evaluation.interval == 0
+            due = due or (step + 1) % config.checkpoint.interval == 0
+            log = due or evaluate or (step + 1) % config.logging.interval == 0
+            if log:
+                engine.measure_step()
             run_step(engine, plan.objective, read, rate, of_step, seed, step, world, judge, sums)
             step += 1
             checkpoints.after_step()
             stop = answer()
-            last = step == plan.total_steps
-            evaluate = last or step % config.evaluation.interval == 0
-            due = due or step % config.checkpoint.interval == 0
-            log = stop or due or evaluate or step % config.logging.interval == 0
+            log = log or stop > 0
             if log and world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - started
@@ -346,12 +352,16 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                     **sums.means(world),
                     "learning_rate": rate,
                     "gradient_norm": gradient_norm if math.isfinite(gradient_norm) else None,
+                    **engine.norms_by_part(skipped=bool(judge.row)),
                     "skipped_steps": judge.total,
                     "step_seconds": step_seconds,
                     "data_wait_seconds": world.maximum(waited_seconds),
                     "tokens_per_second": plan.tokens_per_step / step_seconds,
+                    "mfu": model_flops_utilization(plan.flops_per_step / step_seconds, facts),
+                    **slowest_rank(None if config.engine.gathers_weights else engine.measurement.pass_seconds(), waited_seconds, world),
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
                 }
+                engine.measurement.end()
                 if evaluate:
                     watch.work(f"the evaluation of step {step}")
                     asked = None

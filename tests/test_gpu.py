@@ -1,6 +1,7 @@
 """What only a CUDA device can show. These tests skip themselves where there is none."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_a_training_step_does_not_wait_for_the_device(name, mark, no_waiting):
     tokens = torch.randint(50, (4, 17), device=world.device)
 
     def step(number):
+        engine.measure_step()  # what is looked at inside of it is read where it is logged
         engine.train_step([(tokens, SampleRandom(0, range(4), world.device, number))], 1e-3)
 
     for number in range(2):
@@ -46,6 +48,12 @@ def test_a_training_step_does_not_wait_for_the_device(name, mark, no_waiting):
         answer = agree(world, f"step {number}", number, 0)
         step(number)
         assert answer() == 0
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert engine.measurement.pass_seconds() > 0
+    found = engine.norms_by_part()
+    assert math.hypot(*found["gradient_norm_by_part"].values()) == pytest.approx(engine.gradient_norm(), rel=1e-3)
+    assert all(0 < size < 1 for part, size in found["update_size_by_part"].items() if part != "conditioning")
 
 
 @pytest.mark.parametrize(("name", "mark"), [("diffusion_blocks", None), ("diffusion_blocks", 7), ("bptt", 7), ("one_pass", None)])

@@ -1,6 +1,8 @@
 """Metrics: means are taken over everything, and wandb offline really writes them."""
 
 import math
+import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ import torch
 
 from rdtrain.config import load_config
 from rdtrain.distributed import World
-from rdtrain.metrics import LoggingSettings, MetricLogger, MetricSums, read_metrics
+from rdtrain.errors import UserError
+from rdtrain.metrics import LoggingSettings, MetricLogger, MetricSums, read_metrics, slowest_rank
 from rdtrain.train import train
 
 
@@ -22,6 +25,55 @@ def test_means_weigh_every_count_alike_leave_skipped_steps_out_and_start_anew():
     world = World(0, 1, 0, torch.device("cpu"))
     assert sums.means(world) == {"loss": 1.0, "parts": [2.0, None]}
     assert sums.means(world) == {}
+
+
+def test_the_slowest_rank_is_told_by_every_ranks_own_time(monkeypatch):
+    def at_rank_2(own: list[float]) -> dict:
+        monkeypatch.setattr(World, "sum", lambda self, tensor: tensor + torch.tensor(own[:2] + [0.0] + own[3:], dtype=tensor.dtype))
+        return slowest_rank(own[2] - 0.25, 0.25, World(2, 4, 0, torch.device("cpu")))
+
+    assert at_rank_2([1.0, 3.0, 0.5, 1.0]) == {"rank_seconds": 1.0, "slowest_rank": 1, "slowest_rank_excess": 2.0}
+    assert at_rank_2([1.0, 1.0, 1.5, 1.0]) == {"rank_seconds": 1.0, "slowest_rank": 2, "slowest_rank_excess": 0.5}
+    assert slowest_rank(None, 0.1, World(0, 2, 0, torch.device("cpu"))) == {}  # weights are gathered inside of the passes
+    assert slowest_rank(1.0, 0.1, World(0, 1, 0, torch.device("cpu"))) == {}
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard would show of a folder of event files: values by step, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert all(len({event.step for event in of_tag}) == len(of_tag) for of_tag in found.values()), "a step is there twice"
+    return {tag: {event.step: event.value for event in of_tag} for tag, of_tag in found.items()}
+
+
+@pytest.mark.parametrize("lost", [["step-00000008"], ["step-00000008", "step-00000004"]])
+def test_tensorboard_shows_what_metrics_jsonl_holds_after_a_run_that_continued_too(tiny_config, tmp_path, lost):
+    """From a checkpoint, or from the start where there is none yet: of no step two records are left."""
+    path = tiny_config(logging={"tensorboard": True})
+    assert train(load_config(path)) == 0
+    for name in lost:
+        shutil.rmtree(tmp_path / "run/checkpoints" / name)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 0.0}\n')
+    assert train(load_config(path)) == 0
+    records, found = read_metrics(tmp_path / "run/metrics.jsonl"), scalars(tmp_path / "run/tensorboard")
+    assert [record["step"] for record in records] == list(range(9))
+    for tag in ("loss", "gradient_norm", "validation_nll"):
+        assert found[tag] == pytest.approx({record["step"]: record[tag] for record in records if tag in record})
+    for part in ("embedding", "prelude", "core", "coda", "conditioning"):
+        for name in ("gradient_norm_by_part", "update_size_by_part"):
+            assert found[f"{name}/{part}"] == pytest.approx({record["step"]: record[name][part] for record in records[1:]})
+    by_level = {record["step"]: record["loss_by_noise_level"][15] for record in records[1:]}
+    assert found["loss_by_noise_level/16"] == pytest.approx({step: loss for step, loss in by_level.items() if loss is not None})
+
+
+def test_without_tensorboard_installed_a_sentence_says_what_to_install(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install rdtrain\[tensorboard\]"):
+        train(load_config(tiny_config(logging={"tensorboard": True})))
+    assert not (tmp_path / "run").exists()  # before anything starts
 
 
 def wandb_records(file: Path) -> list[bytes]:

@@ -31,6 +31,9 @@ def test_a_finished_run_is_shown_as_it_ended(finished, rdtrain, tmp_path, refuse
     assert result.returncode == 0, result.stderr
     for text in ("complete", "step 8 of 8", f"{last['validation_nll']:.4g}", "step-00000008", f"{last['learning_rate']:.4g}"):
         assert text in result.stdout, result.stdout
+    shown_lines = {line.strip("│ ").split("  ")[0]: line.split() for line in result.stdout.splitlines()}
+    assert list(last["update_size_by_part"]) == ["embedding", "prelude", "core", "coda", "conditioning"]
+    assert len(shown_lines["update / weight"]) == 3 + 5 + 2 and "noise, low to high, in 16 bins" in result.stdout
     refused(rdtrain("watch", tmp_path), "is not the folder of a run that has started")
 
 
@@ -58,6 +61,15 @@ def test_mfu_is_of_the_gpus_speed_on_paper():
     run = WatchedRun("", facts, [{"step": 1, "tokens_per_second": 1e6}])
     assert run.mfu == pytest.approx(1e15 / (4 * 989.4e12))
     assert WatchedRun("", facts | {"machine": "AMD EPYC"}, run.records).mfu is None
+
+
+def test_the_slowest_rank_is_the_one_that_most_often_was_and_parts_are_means():
+    rows = [(2, 0.5), (1, 0.1), (2, 0.7)]
+    records = [{"step": step, "slowest_rank": rank, "slowest_rank_excess": excess} for step, (rank, excess) in enumerate(rows)]
+    assert WatchedRun("", {}, records).slowest_rank == (2, pytest.approx(0.6))
+    assert WatchedRun("", {}, [{"step": 1}]).slowest_rank is None
+    records = [{"step": step, "sizes": {"core": size, "coda": None}} for step, size in enumerate((1.0, None, 4.0))]
+    assert WatchedRun("", {}, records).recent_by_part("sizes") == {"core": 2.5}
 
 
 def test_bars_are_means_over_their_part_and_blank_where_there_is_nothing():

@@ -4,6 +4,7 @@ An engine is handed a plain module and an objective, and knows nothing of data, 
 setting, and the losses do not depend on it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line
+from ..measurement import GRADIENT, NAMES, UPDATE, WEIGHT, Measurement, Place, part_of
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss, Metrics, Objective
 from ..randomness import SampleRandom
@@ -79,15 +81,17 @@ class TrainingModule(nn.Module):
         self.model = model
         self.objective = objective
         model.checkpoint_layers(objective.layer_checkpointing)
+        self.measurement = Measurement()
         self._autocast = torch.autocast(model.embedding.weight.device.type, autocast, enabled=autocast != torch.float32)
 
     def forward(self, tokens: Tensor, random: SampleRandom, held_out: bool = False) -> tuple[Tensor, Metrics] | Tensor:
         """The parts of a training Loss, as a plain tuple: engines look for tensors in what comes out, and do not look into other
         classes. The value is divided by `Objective.filled`. With held_out the negative log-likelihood of each predicted token, fp32
         [B, T]."""
-        with self._autocast:
-            if held_out:
+        if held_out:
+            with self._autocast:
                 return self.objective.held_out_nll(self.model, tokens, random)
+        with self._autocast, self.measurement.forward_pass(tokens.device):
             loss = self.objective(self.model, tokens, random)
             return loss.value / self.objective.filled, loss.metrics
 
@@ -110,6 +114,12 @@ class Engine(ABC):
 
     facts: dict = {}
     """What a record of the run should say of the engine, for example the config that it was given."""
+
+    measurement: Measurement
+    """The training module's and the optimizer's."""
+
+    _clipping: float
+    """Largest global norm of the gradient; infinity for none."""
 
     @abstractmethod
     def train_step(self, micro_batches: Iterable[MicroBatch], learning_rate: float, block: int | None = None,
@@ -146,6 +156,37 @@ class Engine(ABC):
     @abstractmethod
     def gradient_norm(self) -> float:
         """The global gradient norm of the last step, before clipping."""
+
+    def measure_step(self) -> None:
+        """Have the next step measured, for `norms_by_part` and `measurement.pass_seconds`."""
+        self.measurement.begin(self._places())
+
+    def norms_by_part(self, skipped: bool = False) -> dict[str, dict[str, float | None]]:
+        """Of the step that was measured last, for each part of the model (measurement.PARTS) that has parameters; collective.
+
+        gradient_norm_by_part: as `gradient_norm`, whose square is the sum of their squares. update_size_by_part: the norm of what the step
+        added to the weights as a share of their norm after it (the ratio of CS231n's notes, about 1e-3 where a rate is good). Of untied
+        blocks the core is what the step trained. skipped: that the step changed nothing. None where a number is not known or not finite.
+        """
+        squares, norm = self.measurement.squares(self.model.embedding.weight.device), self.gradient_norm()
+        parts = sorted({part_of(name) for name, _ in self.model.named_parameters()}, key=NAMES.index)
+        gradients, updates = dict.fromkeys(parts), dict.fromkeys(parts)
+        if squares is not None and math.isfinite(norm):
+            unclipped = max(1.0, (norm + 1e-6) / self._clipping)  # as torch's clip_grad_norm_, and DeepSpeed, have divided them
+            for part, row in zip(NAMES, self._over_ranks(squares).tolist()):
+                if part in parts:
+                    gradients[part] = unclipped * math.sqrt(row[GRADIENT])
+                    if not skipped and row[WEIGHT]:
+                        updates[part] = math.sqrt(row[UPDATE] / row[WEIGHT])
+        return {"gradient_norm_by_part": gradients, "update_size_by_part": updates}
+
+    @abstractmethod
+    def _places(self) -> Iterable[Place]:
+        """Where the optimizer finds this rank's elements of each parameter."""
+
+    @abstractmethod
+    def _over_ranks(self, squares: Tensor) -> Tensor:
+        """Those of the whole model, from a rank's `Measurement.squares`. Collective."""
 
     @abstractmethod
     def snapshot(self) -> dict[str, Tensor]:

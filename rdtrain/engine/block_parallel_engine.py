@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import PROCESS_GROUP_MINUTES, World
+from ..measurement import GRADIENT, NAMES
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, set_learning_rate
@@ -134,6 +135,15 @@ class BlockParallelEngine(TorchEngine):
         self._shared.message.mul_(self._weight / self._world.size)
         dist.all_reduce(self._shared.message)
         self._norm = (torch.linalg.vector_norm(self._shared.gradients).square() + self._shared.message[-1]).sqrt()
+
+    def _over_ranks(self, squares: Tensor) -> Tensor:
+        """All have the shared parts' alike. Of the cores' gradients as the norm has them, and of updates and weights all cores' sum."""
+        weights = torch.full_like(squares[0], 1 / self._group_ranks)
+        weights[GRADIENT] = self._weight / self._world.size
+        core = squares[NAMES.index("core")]
+        core.mul_(weights)
+        dist.all_reduce(core)
+        return squares
 
     def close(self) -> None:
         """Autograd keeps hooks, and with them the engine, where the garbage collector does not look."""

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import PROCESS_GROUP_MINUTES, World, backend, describe_lone_process
+from ..measurement import Place
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
@@ -47,6 +49,8 @@ class DeepSpeedEngine(Engine):
         self.model = module.model
         self._stage = config["zero_optimization"]["stage"]
         self._optimizer = build_optimizer(self.model, optimizer)  # ZeRO puts its flat shards into the groups of this very object
+        self.measurement = self._optimizer.measurement = module.measurement
+        self._clipping = optimizer.gradient_clipping or float("inf")
         self._parameters = dict(self.model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}  # stage 3 leaves empty ones
         groups = {parameter: index for index, group in enumerate(self._optimizer.param_groups) for parameter in group["params"]}
@@ -157,9 +161,15 @@ class DeepSpeedEngine(Engine):
 
     def _part(self, name: str) -> Part:
         """DeepSpeed's functions for this (safe_get_full_optimizer_state) know no state before the first step, and give all ranks all."""
+        flat, first, start, elements = self._fragment(name)
+        return flat_part(start, flat, self._optimizer.state[flat], first, elements)
+
+    def _fragment(self, name: str) -> tuple[Tensor, int, int, int]:
+        """This rank's elements of a parameter: the tensor that the optimizer steps, where they begin there, where in the parameter, and
+        how many they are."""
         parameter, zero = self._parameters[name], self._engine.optimizer
         if self._stage == 0:
-            return flat_part(0, parameter, self._optimizer.state[parameter])
+            return parameter, 0, 0, parameter.numel()
         if self._stage == 3:  # every parameter is divided among all ranks, the last of which may have less
             group, first, elements = zero.grad_position[zero.get_param_id(parameter)]
             flat, start = zero.fp32_partitioned_groups_flat[group], elements * self._engine.global_rank
@@ -170,4 +180,14 @@ class DeepSpeedEngine(Engine):
             if fragment is not None:
                 address = fragment.get_hp_fragment_address()
                 first, start, elements = address.start, fragment.lp_fragment_address.start, address.numel
-        return flat_part(start, flat, self._optimizer.state[flat], first, elements)
+        return flat, first, start, elements
+
+    def _places(self) -> Iterable[Place]:
+        for name in self._parameters:
+            flat, first, _, elements = self._fragment(name)
+            yield name, flat, first, elements
+
+    def _over_ranks(self, squares: Tensor) -> Tensor:
+        if self._stage > 0:
+            dist.all_reduce(squares)
+        return squares

@@ -12,6 +12,7 @@ not the module (`nn.Module.compile` takes the hooks along, which cannot be compi
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -54,6 +55,10 @@ class FSDPEngine(TorchEngine):
 
     def _global(self, norm: DTensor) -> Tensor:
         return norm.full_tensor()
+
+    def _over_ranks(self, squares: Tensor) -> Tensor:
+        dist.all_reduce(squares)
+        return squares
 
     def _pass_without_trace(self, tokens: Tensor, random: SampleRandom) -> None:
         """Gradients are those of gathered weights, which come and go with a pass: they take all their way, and are dropped at its end."""

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ..measurement import Place
 from ..objectives import Loss
 from ..optimization import OptimizerSettings, build_optimizer, set_learning_rate
 from ..randomness import SampleRandom
@@ -22,6 +24,7 @@ class TorchEngine(Engine):
         self.model = module.model
         self._module = module
         self._optimizer = build_optimizer(self.model, optimizer)
+        self.measurement = self._optimizer.measurement = module.measurement
         self._clipping = optimizer.gradient_clipping or float("inf")
         self._accumulation = accumulation
         self._norm: float | Tensor = 0.0
@@ -60,6 +63,13 @@ class TorchEngine(Engine):
 
     def gradient_norm(self) -> float:
         return float(self._norm)
+
+    def _places(self) -> Iterable[Place]:
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter, 0, (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+    def _over_ranks(self, squares: Tensor) -> Tensor:
+        return squares
 
     def snapshot(self) -> dict[str, Tensor]:
         self._optimizer.create_state()

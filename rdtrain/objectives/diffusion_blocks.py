@@ -11,6 +11,7 @@ Whatever the partition, the cross-entropy of each noise level is learned on the 
 the levels by where partition=equal_information.
 """
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -30,6 +31,17 @@ from .base import Loss, Objective, ObjectiveSettings, inputs_and_targets, sum_an
 
 FOLD_INTERVAL = 16
 """Steps between two updates of the information curve: each waits once for the device and for all ranks."""
+
+
+NOISE_BINS = 16
+"""Parts of the noise levels, equally long in ln(sigma), whose losses are recorded."""
+
+
+def noise_bins(sigma: Tensor, settings: NoiseSettings) -> Tensor:
+    """The bins of noise levels of any shape, int64: bin i, from 0 on, begins at sigma_min (sigma_max / sigma_min)^(i / NOISE_BINS), and
+    sigma_max itself is in the last."""
+    first, last = math.log(settings.sigma_min), math.log(settings.sigma_max)
+    return ((sigma.log() - first) * (NOISE_BINS / (last - first))).long().clamp(0, NOISE_BINS - 1)
 
 
 class DiffusionBlocks(Objective):
@@ -123,9 +135,11 @@ class DiffusionBlocks(Objective):
         by_level = losses.sum_to_size(sigma.shape).flatten()
         zeros, counts = torch.zeros(self.iterations, device=tokens.device), counted.float().sum_to_size(sigma.shape).flatten()
         by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
+        bins = noise_bins(sigma, self.settings).flatten()
+        by_noise_level = tuple(zeros.new_zeros(NOISE_BINS).index_add(0, bins, values) for values in (by_level, counts))
         if self.core_readout:
             value = value + model.loss_from_core(state, targets, evidence)
-        metrics = {"loss": sum_and_count(losses, targets), "loss_by_iteration": by_iteration}
+        metrics = {"loss": sum_and_count(losses, targets), "loss_by_iteration": by_iteration, "loss_by_noise_level": by_noise_level}
         if self._only_block is not None:
             metrics = {name: (self._weight * sums, self._weight * counts) for name, (sums, counts) in metrics.items()}
         return Loss(value, metrics)

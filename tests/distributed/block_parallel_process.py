@@ -12,7 +12,20 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from processes import ALONE, DEVICE, RATE, VOCABULARY, drawn, largest_difference, micro_batch, plain_adamw, run_cases
+from processes import (
+    ALONE,
+    DEVICE,
+    RATE,
+    VOCABULARY,
+    assert_norms_by_part,
+    copy_of_weights,
+    drawn,
+    largest_difference,
+    micro_batch,
+    norms_by_part,
+    plain_adamw,
+    run_cases,
+)
 
 from rdtrain.data.loader import rank_indices
 from rdtrain.distributed import World
@@ -57,12 +70,12 @@ def build_model(told: bool) -> RecurrentDepthLM:
     )
 
 
-def slow_loop(told: bool, optimizer: OptimizerSettings, size: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, norms and final weights of a run on so many ranks, in one process."""
+def slow_loop(told: bool, optimizer: OptimizerSettings, size: int) -> tuple[list[float], list[float], list[dict], dict[str, torch.Tensor]]:
+    """Losses, norms, norms by part and final weights of a run on so many ranks, in one process."""
     model, objectives = build_model(told).to(DEVICE), [objective_of(told, block) for block in range(BLOCKS)]
     adamw = plain_adamw(model.parameters(), model.embedding.weight, optimizer)
     each = size // BLOCKS * MICRO * ACCUMULATION  # sequences of a block in a step; those of block 0 come first
-    losses, norms = [], []
+    losses, norms, by_part = [], [], []
     for step in range(STEPS):
         total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
         loss_of_step = 0.0
@@ -76,16 +89,17 @@ def slow_loop(told: bool, optimizer: OptimizerSettings, size: int) -> tuple[list
                     total[name] += gradient * (1.0 if own else PROBABILITIES[block])
             sums, count = loss.metrics["loss"]
             loss_of_step += PROBABILITIES[block] * sums.item() / count.item()
-        square = sum(
-            (PROBABILITIES[int(name.split(".")[1])] if name.startswith("cores.") else 1.0) * gradient.double().square().sum().item()
-            for name, gradient in total.items()
-        )
+        probabilities = {name: PROBABILITIES[int(name.split(".")[1])] if name.startswith("cores.") else 1.0 for name in total}
+        square = sum(probabilities[name] * gradient.double().square().sum().item() for name, gradient in total.items())
+        before = copy_of_weights(model)
         for name, parameter in model.named_parameters():
             parameter.grad = total[name] * min(1.0, optimizer.gradient_clipping / square**0.5 if optimizer.gradient_clipping else 1.0)
         adamw.step()
+        counted = {name: probabilities[name] ** 0.5 * gradient for name, gradient in total.items()}
+        by_part.append(norms_by_part(counted, before, copy_of_weights(model)))
         losses.append(loss_of_step)
         norms.append(square**0.5)
-    return losses, norms, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return losses, norms, by_part, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @contextmanager
@@ -125,7 +139,7 @@ def check(case: str, world: World) -> str:
     kind, clipping, precision, compiled = case.split()
     told, compiled = kind == "told", compiled == "compiled"
     optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=float(clipping), epsilon=1e-4)
-    losses, norms, weights = slow_loop(told, optimizer, world.size)
+    losses, norms, by_part, weights = slow_loop(told, optimizer, world.size)
     exact, members = precision == "fp32", world.size // BLOCKS
     shared, core, tensors = predicted(build_model(told))
 
@@ -142,6 +156,7 @@ def check(case: str, world: World) -> str:
                 for indices in rank_indices(step, world.size * MICRO * ACCUMULATION, world.size, world.rank, MICRO, BLOCKS)
             )
             block = objective.active_block(drawn(step))
+            engine.measure_step()
             with messages() as seen:
                 results = engine.train_step(batches, RATE, block)
             expected = [("all_reduce", members, core)] if members > 1 else []
@@ -149,6 +164,8 @@ def check(case: str, world: World) -> str:
             sums = world.sum(sum(torch.stack(loss.metrics["loss"]) for loss in results))
             found.append((sums[0] / sums[1]).item())
             measured.append(engine.gradient_norm())
+            if exact:
+                assert_norms_by_part(engine.norms_by_part(), by_part[step], f"step {step}")
         return found, measured
 
     engine, objective = build()

@@ -13,10 +13,13 @@ from processes import (
     DEVICE,
     RATE,
     VOCABULARY,
+    assert_norms_by_part,
+    copy_of_weights,
     drawn,
     largest_difference,
     mean_of_ranks,
     micro_batch,
+    norms_by_part,
     plain_adamw,
     run_cases,
     whole_snapshot,
@@ -77,9 +80,10 @@ def identical(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(torch.equal(one, other) for one, other in zip(first, second))
 
 
-def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: list[int]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights."""
-    model, losses = build_model().to(DEVICE), []
+def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings,
+              blocks: list[int]) -> tuple[list[float], list[dict], dict[str, torch.Tensor]]:
+    """Losses, norms by part and final weights."""
+    model, losses, by_part = build_model().to(DEVICE), [], []
     embedding = model.embedding.weight
     shared = plain_adamw((p for name, p in model.named_parameters() if not name.startswith("cores")), embedding, optimizer)
     own = [plain_adamw(core.parameters(), embedding, optimizer) for core in model.cores]
@@ -89,12 +93,15 @@ def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings, blocks: 
         loss.backward()
         trained = [p for p in model.parameters() if p.grad is not None]
         assert len(trained) < len(list(model.parameters()))
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        before = copy_of_weights(model)
         if optimizer.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(trained, optimizer.gradient_clipping)
         shared.step()
         own[block].step()
+        by_part.append(norms_by_part(gradients, before, copy_of_weights(model)))
         losses.append(loss.item())
-    return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return losses, by_part, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def check(case: str, world: World) -> None:
@@ -106,7 +113,7 @@ def check(case: str, world: World) -> None:
     optimizer = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, gradient_clipping=clipping, epsilon=1e-4)
     blocks = [objective.active_block(drawn(step)) for step in range(STEPS)]
     assert blocks == [1, 0, 0, 1, 2, 2, 1], f"{blocks}: block 1 idle for two steps with its momentum warm, 2 long untrained"
-    losses, weights = reference(objective, optimizer, blocks)
+    losses, by_part, weights = reference(objective, optimizer, blocks)
     accumulation = GLOBAL // (MICRO * world.size)
     exact = settings.precision == "fp32"
 
@@ -117,9 +124,12 @@ def check(case: str, world: World) -> None:
         for step in range(first, last):
             before = snapshot(engine)
             batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, MICRO))
+            engine.measure_step()
             found = [loss.value.item() for loss in engine.train_step(batches, RATE, blocks[step])]
             loss = mean_of_ranks(found, world)
             assert abs(loss - losses[step]) < (1e-5 if exact else 0.02), f"step {step}: {loss} and not {losses[step]}"
+            if exact:
+                assert_norms_by_part(engine.norms_by_part(), by_part[step], f"step {step}")
             for (block, old), (_, new) in zip(before, snapshot(engine)):
                 idle = block not in (None, blocks[step])
                 assert identical(old, new) == idle, f"step {step} trains block {blocks[step]}, and block {block} says otherwise"

@@ -10,11 +10,25 @@ not. `short` compiles without the last stage, which writes the kernels' code and
 
 import functools
 import sys
+import time
 from contextlib import nullcontext
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from processes import ARGUMENTS, DEVICE, RATE, VOCABULARY, mean_of_ranks, micro_batch, plain_adamw, run_cases, whole_snapshot
+from processes import (
+    ARGUMENTS,
+    DEVICE,
+    RATE,
+    VOCABULARY,
+    assert_norms_by_part,
+    copy_of_weights,
+    mean_of_ranks,
+    micro_batch,
+    norms_by_part,
+    plain_adamw,
+    run_cases,
+    whole_snapshot,
+)
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rdtrain.data.loader import rank_indices
 from rdtrain.distributed import World
 from rdtrain.engine import EngineSettings, build_engine, deepspeed_config
+from rdtrain.metrics import slowest_rank
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
-from rdtrain.objectives import Objective, ObjectiveSettings, build_objective
+from rdtrain.objectives import DiffusionBlocks, Objective, ObjectiveSettings, build_objective
 from rdtrain.optimization import OptimizerSettings
 from rdtrain.randomness import SampleRandom
 
@@ -100,21 +115,23 @@ OPTIMIZER = OptimizerSettings(learning_rate=RATE, gradient_clipping=0.5)
 
 
 @functools.cache
-def plain_run(name: str, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
-    """Losses, gradient norms, final weights and final held-out likelihood of three sequences."""
+def plain_run(name: str, steps: int) -> tuple[list[float], list[float], list[dict], dict[str, torch.Tensor], float]:
+    """Losses, gradient norms, norms by part, final weights and final held-out likelihood of three sequences."""
     model, objective = build(name, checkpointing=False)
     optimizer = plain_adamw(model.to(DEVICE).parameters(), model.embedding.weight, OPTIMIZER)
-    losses, norms = [], []
+    losses, norms, by_part = [], [], []
     for step in range(steps):
         loss = objective(model, *micro_batch(range(step * GLOBAL, (step + 1) * GLOBAL), step)).value
         optimizer.zero_grad()
         loss.backward()
+        gradients, before = {key: p.grad.clone() for key, p in model.named_parameters()}, copy_of_weights(model)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.gradient_clipping).item())
         optimizer.step()
+        by_part.append(norms_by_part(gradients, before, copy_of_weights(model)))
         losses.append(loss.item())
     with torch.no_grad():
         nll = objective.held_out_nll(model, *held_out()).mean().item()
-    return losses, norms, {key: value.clone() for key, value in model.state_dict().items()}, nll
+    return losses, norms, by_part, {key: value.clone() for key, value in model.state_dict().items()}, nll
 
 
 class Gathers(TorchDispatchMode):
@@ -134,12 +151,27 @@ def check_sharding(engine) -> None:
         assert not whole, f"{name} is whole"
 
 
+def check_slow_rank(engine, micro: int, world: World) -> None:
+    """The last rank's passes take a second longer, for which the others wait in the step, and not in their own passes."""
+    passes = DiffusionBlocks.__call__
+    DiffusionBlocks.__call__ = lambda *arguments: time.sleep(world.rank == world.size - 1) or passes(*arguments)
+    try:
+        engine.measure_step()
+        engine.train_step([micro_batch(range(world.rank * micro, (world.rank + 1) * micro), 0)], RATE)
+    finally:
+        DiffusionBlocks.__call__ = passes
+    told = slowest_rank(engine.measurement.pass_seconds(), 0.0, world)
+    assert told["slowest_rank"] == world.size - 1 and told["slowest_rank_excess"] > 0.2, told
+    if world.size == 2:  # the median is the mean of both
+        assert told["rank_seconds"] * (1 - told["slowest_rank_excess"]) < 0.9, told
+
+
 def check(case: str, steps: int, world: World) -> str:
     """AssertionError where a case is not what the plain loop says; returns its largest deviations."""
     way, name, checkpointing, accumulation, precision = case.split()
     settings, accumulation = EngineSettings(**WAYS[way], precision=precision), int(accumulation[:-1])
     tolerance = (CHAIN_TOLERANCE if name == "chain" else TOLERANCE)[precision]
-    losses, norms, weights, nll = plain_run(name, steps)
+    losses, norms, by_part, weights, nll = plain_run(name, steps)
     torch._dynamo.reset()  # compiled code is kept for each function, and the case before has filled its place
     micro, exact = GLOBAL // accumulation // world.size, precision == "fp32"
 
@@ -152,12 +184,15 @@ def check(case: str, steps: int, world: World) -> str:
         for step in range(first, last):
             batches = (micro_batch(indices, step) for indices in rank_indices(step, GLOBAL, world.size, world.rank, micro))
             counted = OBJECTIVES[name]["name"] == "bptt" and way in ("fsdp", "zero-3")
+            engine.measure_step()
             with Gathers() if counted else nullcontext() as gathers:
                 values = [loss.value.item() for loss in engine.train_step(batches, RATE)]
             assert len(values) == accumulation
             if counted:  # once for the forward pass and once for the backward, whatever the depth
                 assert gathers.count <= 2 * accumulation * len(weights), f"{case}: {gathers.count} gathers in step {step}"
             found.append((mean_of_ranks(values, world), engine.gradient_norm()))
+            if exact:  # in bf16 a part's own norm has more rounding in it than the whole one's, which is held to the loop's below
+                assert_norms_by_part(engine.norms_by_part(), by_part[step], f"{case}: step {step}")
         return found
 
     def likelihood(engine) -> float:
@@ -196,6 +231,8 @@ def check(case: str, steps: int, world: World) -> str:
         error = (tensor.float() - right).norm() / right.norm().clamp(min=1)
         assert error < WEIGHT_TOLERANCE[precision], f"{case}: {key} is off by {error:.1e}"
 
+    if case == "zero-1 diffusion_blocks plain 1x fp32":
+        check_slow_rank(engine, micro, world)
     if accumulation == 1 and not settings.compile:
         return f"{off:.1e} {norm_off:.1e}"  # saving and loading has nothing to do with accumulation: once is enough
     again, continued = start(), []

@@ -55,6 +55,35 @@ def plain_adamw(parameters: Iterable[Tensor], embedding: Tensor, optimizer: Opti
     )
 
 
+def copy_of_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def norms_by_part(gradients: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """What an engine's `norms_by_part` must be, from whole gradients (unclipped) and the weights before and after a step, by name."""
+    words = {
+        "embedding": ["embedding"], "prelude": ["prelude_layers"], "core": ["cores"],
+        "coda": ["coda_layers", "final_norm", "core_norm", "core_scale"], "conditioning": ["noise_embedding", "estimate_adapter"],
+    }
+    right = {"gradient_norm_by_part": {}, "update_size_by_part": {}}
+    for part, first_words in words.items():
+        names = [name for name in gradients if name.split(".")[0] in first_words]
+        if names:
+            gradient, update, weight = (
+                torch.cat([of[name].double().flatten() for name in names]).norm().item()
+                for of in (gradients, {name: after[name].double() - before[name].double() for name in names}, after)
+            )
+            right["gradient_norm_by_part"][part], right["update_size_by_part"][part] = gradient, update / weight
+    return right
+
+
+def assert_norms_by_part(found: dict, right: dict, where: str, tolerance: float = 1e-3) -> None:
+    for kind, values in right.items():
+        assert found[kind].keys() == values.keys(), f"{where}: {kind} has {list(found[kind])}"
+        for part, value in values.items():
+            assert abs(found[kind][part] - value) <= tolerance * value, f"{where}: {kind} of {part} is {found[kind][part]}, not {value}"
+
+
 def mean_of_ranks(values: list[float], world: World) -> float:
     """The mean of all ranks' values, as many on each."""
     return world.sum(torch.tensor(sum(values) / len(values) / world.size, device=DEVICE)).item()

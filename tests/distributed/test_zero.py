@@ -101,6 +101,13 @@ def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(tiny_config
     assert first == pytest.approx(losses, abs=1e-5)
     assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["validation_nll"] == pytest.approx(nll, rel=1e-5)
+    for record in read_metrics(tmp_path / "run/metrics.jsonl")[1:]:
+        assert math.hypot(*record["gradient_norm_by_part"].values()) == pytest.approx(record["gradient_norm"], rel=1e-4)
+        if engine.get("zero_stage") in (1, 2):
+            assert record["slowest_rank"] in (0, 1) and record["slowest_rank_excess"] >= 0
+            assert 0 < record["rank_seconds"] < record["step_seconds"] + record["data_wait_seconds"]
+        else:
+            assert "slowest_rank" not in record
     export(tmp_path / "run", tmp_path / "model")
 
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000018")

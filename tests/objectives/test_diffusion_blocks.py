@@ -97,7 +97,7 @@ def test_the_loss_and_its_share_of_each_iteration_equal_a_recomputation_by_hand(
     weights = (sigmas**2 + sd**2) / (sigmas * sd) ** 2 if settings.weighting == "edm" else 1.0
     assert loss.value.item() == pytest.approx((weights * losses).mean(), rel=1e-4)
     assert loss.value.requires_grad
-    assert set(loss.metrics) == {"loss", "loss_by_iteration"}
+    assert set(loss.metrics) == {"loss", "loss_by_iteration", "loss_by_noise_level"}
     total, count = loss.metrics["loss"]
     assert not total.requires_grad and total.item() / count.item() == pytest.approx(losses.mean(), rel=1e-4)
     sums, counts = loss.metrics["loss_by_iteration"]
@@ -107,6 +107,11 @@ def test_the_loss_and_its_share_of_each_iteration_equal_a_recomputation_by_hand(
         of_iteration = losses[iterations == iteration]
         assert counts[iteration] == len(of_iteration)
         assert sums[iteration].item() == pytest.approx(of_iteration.sum(), rel=1e-4)
+    edges = np.geomspace(settings.sigma_min, settings.sigma_max, 17)
+    sums, counts = loss.metrics["loss_by_noise_level"]
+    of_bin = np.digitize(sigmas, edges[1:-1]).ravel()
+    assert (counts.numpy() == np.bincount(of_bin, minlength=16)).all()
+    np.testing.assert_allclose(sums.numpy(), np.bincount(of_bin, losses.ravel(), 16), rtol=1e-4, atol=1e-5)
     # The information curve counts each token at the point nearest to its level.
     points = np.linspace(math.log(settings.sigma_min), math.log(settings.sigma_max), LEVELS)
     nearest = np.abs(np.log(sigmas)[..., None] - points).argmin(-1)
