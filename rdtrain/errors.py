@@ -7,8 +7,13 @@ that escapes is a bug in rdtrain and keeps its traceback.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+HEARING_SECONDS = 10.0
+"""How long processes wait with their end where the first speaks for all: at the first end a launcher ends the others, and it may be slow."""
 
 
 class UserError(Exception):
@@ -35,6 +40,8 @@ def user_errors_as_exit() -> Iterator[None]:
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
         if local_rank == "0" or not error.everywhere:
             print(f"rdtrain: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(HEARING_SECONDS)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         reason = first_line(error)

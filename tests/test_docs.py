@@ -77,7 +77,7 @@ def test_the_drawing_of_a_runs_folder_has_what_a_run_writes_and_nothing_else(tin
         if name.endswith("/"):
             folders.append(name)
     seldom = {name.rstrip("/") for name, remark in drawn.items() if remark.startswith("only ")}
-    assert seldom == {"wandb", "wandb-id", "stacks-rank-1.txt", "skipped_steps.json"}
+    assert seldom == {"wandb", "wandb-id", "tensorboard", "stacks-rank-1.txt", "skipped_steps.json"}
     assert train(load_config(tiny_config())) == 0
     run = tmp_path / "run"
     written = {str(path.relative_to(run)) + "/" * path.is_dir() for path in run.rglob("*")}
