@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 HEARING_SECONDS = 10.0
-"""How long processes wait with their end where the first speaks for all: at the first end a launcher ends the others, and it may be slow."""
+"""How long processes wait with their end where the first speaks for all: at the first end a launcher ends the others."""
 
 
 class UserError(Exception):
