@@ -144,8 +144,7 @@ def check(case: str, world: World) -> None:
         assert {int(engine._optimizer.state[parameter]["step"]) for parameter in parameters} == {own_steps}
     scale = {"embedding.weight": optimizer.embedding_scale}
     difference = largest_difference(engine.weights(), weights, lambda name: scale.get(name, 1.0))
-    rounding = 2e-6 if DEVICE.type == "cpu" else 2e-5  # a GPU adds up whole and divided batches in orders that differ more
-    assert difference < (rounding if exact else 3 * RATE), f"weights are off by {difference}"
+    assert difference < (2e-6 if exact else 3 * RATE), f"weights are off by {difference}"
 
     if not clipping:
         return  # saving and loading has nothing to do with clipping: once is enough
