@@ -7,7 +7,8 @@
 #                                            selective checkpointing of layers
 #   bash launch/performance.sh truncated     850M, 4 x 2048: blocks against truncated BPTT
 #   bash launch/performance.sh full          850M, 1 x 2048: blocks against full BPTT of 32
-#   bash launch/performance.sh small         d 512, vocabulary 8192, 64 x 512: blocks and every baseline
+#   bash launch/performance.sh small         d 512, vocabulary 8192, 64 x 512: blocks and every baseline, with and without CUDA graphs where
+#                                            these are possible
 #   bash launch/performance.sh huginn        3.5B, Huginn's size, 1 x 4096: blocks, truncated and full BPTT, with and without checkpointing
 #   bash launch/performance.sh batch         850M: the best batch
 #   bash launch/performance.sh iterations    850M, 1 x 2048: how cost grows with K
@@ -43,7 +44,9 @@ case $stage in
 large) bench 1b -- "${large[@]}" --compare "blocks objective.layer_checkpointing=selective" blocks ;;
 truncated) bench 1b $(batch_of 4) -- "${large[@]}" --compare blocks truncated ;;
 full) bench 1b $(batch_of 1) -- "${large[@]}" --compare blocks full ;;
-small) bench 70m -- --vocab-size 8192 --compare blocks one_pass truncated local full ;;
+small)
+    bench 70m engine.cuda_graph=true -- --vocab-size 8192 --compare blocks one_pass truncated local full "blocks engine.cuda_graph=false" \
+        "one_pass engine.cuda_graph=false" ;;
 huginn)
     bench 3.5b -- --vocab-size 65536 --steps 5 --warmup 2 --compare blocks truncated "truncated objective.activation_checkpointing=true" full \
         "full objective.activation_checkpointing=true" ;;

@@ -12,19 +12,21 @@
 #   bash launch/quality.sh samples RUN [RUN ...] [-- OPTION ...]   text, by the teacher, which also gives MAUVE's features; likewise
 # ARM: plain, truncated, full, local, paper, ours, each at the learning rate that `rates` has found. FOLDER (runs/quality) is where
 # everything goes; SETTINGS are more overrides for every run; DEVICES ("0") are the GPUs that the runs of `rates` and `ablations` share.
+# GRAPH: what the arms whose passes are the same in every step get (engine.cuda_graph=true); empty on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${FOLDER:-runs/quality}
 rates=${RATES:-5e-4 1e-3 2e-3}
+graph=${GRAPH-engine.cuda_graph=true}
 rdtrain() { "${PYTHON:-python3}" -m rdtrain.cli "$@"; }
 
 declare -A arm=(
-    [plain]="objective.name=one_pass model.iterations=1"
+    [plain]="objective.name=one_pass model.iterations=1 $graph"
     [truncated]="objective.name=bptt optimizer.learning_rate=1e-3"
     [full]="objective.name=bptt objective.gradient=full objective.depth=fixed batch.micro_sequences=32 optimizer.learning_rate=1e-3"
     [local]="objective.name=bptt objective.gradient=local optimizer.learning_rate=1e-3"
-    [paper]=""
-    [ours]=""
+    [paper]="$graph"
+    [ours]="$graph"
 )
 declare -A ablation=(
     [ours]=""

@@ -112,7 +112,7 @@ class Memory:
     """Bytes that one rank holds in a step, by kind; with offload_optimizer `host_` is in the CPU's memory.
 
     weights: those that run and, where they are not the same, the fp32 ones that are stepped.
-    gradients: the most that is held at a time, fp32 sums over micro-batches included.
+    gradients: the most that is held at a time, fp32 sums over micro-batches and those that CUDA graphs write to included.
     optimizer_state: both moments of AdamW.
     gathered: whole weights for a pass: copies that torch.autocast, FSDP or ZeRO-3 makes.
     messages: buffers that gradients are sent from, or are put together in.
@@ -272,6 +272,9 @@ def rank_memory(shares: Shares, model: ModelConfig, config: Config, objective: O
     memory.activations = round(tokens * activation_bytes(model, objective, passes, config.run.seed, steps))
     memory.activations += embedding_gradient_bytes(model, passes.stored) + mask_bytes(model, passes.number, tokens, length)
     memory.loss = loss_bytes(model, objective, passes, tokens)
+    if config.engine.cuda_graph:
+        memory.gradients += passes.stored * shares.active
+        memory.standing += passes.stored * shares.active
     memory.embedding_gradients = 2 * FP32 * model.vocab_size * model.width
     return memory
 

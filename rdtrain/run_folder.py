@@ -28,6 +28,7 @@ from .config import Config, config_to_yaml, load_config
 from .data.output import write_atomically
 from .distributed import World
 from .errors import UserError
+from .objectives.cuda_graph import captured_bytes
 
 
 @contextmanager
@@ -169,8 +170,8 @@ def config_like(run: Path, overrides: list[str]) -> Config:
 class PeakMemory:
     """The largest memory this process has held since this object was made, in bytes.
 
-    On CUDA, what PyTorch allocated. On CPU, the process's peak resident size less its size at the start, so that libraries which
-    are loaded before do not count.
+    On CUDA, what PyTorch allocated, and what CUDA graphs keep for themselves. On CPU, the process's peak resident size less its size at
+    the start, so that libraries which are loaded before do not count.
     """
 
     def __init__(self, device: torch.device):
@@ -180,7 +181,7 @@ class PeakMemory:
     def bytes(self) -> int:
         """The peak so far."""
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+            return torch.cuda.max_memory_allocated(self._device) + captured_bytes(self._device)
         return _peak_resident_bytes() - self._start
 
 

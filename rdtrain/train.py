@@ -106,6 +106,12 @@ def _refuse_impossible(config: Config, objective: Objective, world: World) -> No
         refuse_head_width(world.device, config.engine.dtype(world.device), config.model.head_width, config.data.document_masking)
     except ValueError as error:
         raise UserError(f"'model' is impossible on CUDA: {error}") from None
+    if config.engine.cuda_graph and (world.device.type != "cuda" or objective.training_pass is None):
+        raise UserError(
+            "engine.cuda_graph is for CUDA devices, and for a pass that is the same in every step, of diffusion_blocks with one block and "
+            f"without self_conditioning and chain_states or of one_pass; here objective.name={config.objective.name} is to train on "
+            f"{world.device.type}: leave it off"
+        )
     if config.engine.name == "torch" and world.size > 1:
         raise UserError(
             f"engine.name=torch runs in one process, and there are {world.size}: use engine.name=deepspeed or engine.name=fsdp"

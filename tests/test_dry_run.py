@@ -63,6 +63,15 @@ def test_any_world_is_checked_and_costed_without_being_there(tiny_config, rdtrai
     refused(rdtrain("train", "--config", path, "--dry-run", "--world-size", 3), "batch.global_sequences=4096 is not a multiple of")
     with pytest.raises(UserError, match="engine.name=torch runs in one process, and there are 2"):
         dry_run(load_config(path, ["engine.name=torch"]), World(0, 2, 0, torch.device("cuda")))
+    captured = ["engine.name=torch", "engine.compile=true", "engine.cuda_graph=true"]
+    for device, more in (("cpu", "batch.global_sequences=4096"), ("cuda", "objective.name=bptt"), ("cuda", "model.blocks=2"),
+                         ("cuda", "objective.chain_states=true")):
+        with pytest.raises(UserError, match="engine.cuda_graph is for CUDA devices, and for a pass that is the same in every step"):
+            dry_run(load_config(path, [*captured, more]), World(0, 1, 0, torch.device(device)))
+    graph, plain = (table(dry_run(load_config(path, [*captured, f"engine.cuda_graph={on}"]), World(0, 1, 0, torch.device("cuda")))[0])
+                    for on in ("true", "false"))
+    gradients = [size(each["memory of a rank, gradients"]) for each in (graph, plain)]
+    assert gradients[0] == pytest.approx(2 * gradients[1], rel=0.01)
     refused(rdtrain("train", "--config", path, "--world-size", 2), "--world-size and --device belong to --dry-run")
 
 

@@ -10,7 +10,7 @@ from rdtrain.bench.command import BenchSettings, bench
 from rdtrain.bench.measure import Effort
 from rdtrain.config import load_config
 from rdtrain.distributed import World, agree
-from rdtrain.engine import EngineSettings, build_engine
+from rdtrain.engine import EngineSettings, build_engine, start_processes
 from rdtrain.model.attention import attention_backend, causal_attention, document_mask
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
@@ -74,6 +74,35 @@ def test_compiled_and_checkpointed_losses_stay_within_bf16_noise_of_the_plain_on
     assert (other[:20] - plain[:20]).abs().max() < 0.02 and (other - plain).mean().abs() < 0.02
 
 
+@pytest.mark.parametrize(("name", "mark", "engine"), [("diffusion_blocks", None, "torch"), ("diffusion_blocks", 7, "torch"),
+                                                      ("one_pass", None, "torch"), ("diffusion_blocks", None, "deepspeed")])
+def test_passes_in_cuda_graphs_train_as_they_do_without_and_wait_for_nothing(name, mark, engine, no_waiting):
+    iterations, world, found = 1 if name == "one_pass" else 4, World(0, 1, 0, torch.device("cuda", 0)), []
+    batches = torch.randint(500, (2, 10, 8, 65), generator=torch.Generator().manual_seed(0)).to(world.device)
+    for captured in (False, True):
+        objective = build_objective(ObjectiveSettings(name=name), NoiseSettings(), iterations, 1)
+        torch.manual_seed(0)
+        sizes = dict(width=128, heads=2, mlp_width=256, iterations=iterations, vocab_size=500, document_mark=mark)
+        shape = ModelConfig(**sizes, **objective.model_fields)
+        settings = EngineSettings(name=engine, compile=True, cuda_graph=captured)
+        start_processes(settings, world)
+        built = build_engine(settings, RecurrentDepthLM(shape), objective, OptimizerSettings(epsilon=1e-4), 8, 2, world)
+
+        steps = []
+        for number in range(10):
+            if number == 2 and engine == "torch":  # ZeRO reads its norm in every step
+                no_waiting()
+            samples = [SampleRandom(0, range(first, first + 8), world.device, number) for first in (0, 8)]
+            losses = built.train_step(zip(batches[:, number], samples), 1e-3)
+            steps += [*(loss.value.detach() for loss in losses), built._norm]
+        torch.cuda.set_sync_debug_mode("default")
+        found.append(torch.tensor([float(each) for each in steps]))
+        with torch.no_grad():  # a longer sequence, with rotary angles of its own, must not change what is replayed
+            built.held_out_nll(torch.randint(500, (8, 129), device=world.device), SampleRandom(0, range(8), world.device))
+        built.close()
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("head_width", [64, 96, 128, 256, 264])
 def test_no_head_that_is_trained_goes_through_the_math_kernel(head_width):
     named = attention_backend(torch.device("cuda", 0), torch.bfloat16, head_width, 512)
@@ -98,12 +127,13 @@ def test_documents_are_kept_apart_as_in_fp32_and_the_mask_is_kept_once_for_all_l
 
 def test_what_bench_says_of_a_step_fits_together(tmp_path):
     sizes = ["model.width=512", "data.sequence_length=512", "batch.global_sequences=16", "batch.micro_sequences=16", "engine.name=torch"]
+    captured = "blocks engine.compile=true engine.cuda_graph=true"
     settings = BenchSettings(
-        Effort(3, 5, profile=tmp_path / "traces"), ["blocks", "full model.mlp_width=10000000", "truncated"], vocab_size=8192,
+        Effort(3, 5, profile=tmp_path / "traces"), ["blocks", "full model.mlp_width=10000000", "truncated", captured], vocab_size=8192,
         output=tmp_path / "out",
     )
     bench(load_config(None, sizes), settings)
-    blocks, none, truncated = json.loads((tmp_path / "out/bench.json").read_text())["measurements"]
+    blocks, none, truncated, captured = json.loads((tmp_path / "out/bench.json").read_text())["measurements"]
     assert "out of memory" in none["out_of_memory"]
     for row in (blocks, truncated):
         memory, n = row["memory"], row["parameters"]
@@ -113,3 +143,5 @@ def test_what_bench_says_of_a_step_fits_together(tmp_path):
         assert 0 < row["busy_seconds"] < 1.05 * row["step_seconds"]["typical"] and row["enqueue_seconds"] > 0
         assert row["attention_kernels"] and len(row["kernels"]) == 10 and len(row["files"]) == 2
     assert truncated["memory"]["activations"] > 3 * blocks["memory"]["activations"]
+    assert captured["memory"]["peak"] == pytest.approx(captured["estimate"]["peak"], rel=0.1)
+    assert captured["enqueue_seconds"] < blocks["enqueue_seconds"]

@@ -68,6 +68,8 @@ def _configure(config: Config, arm: str | None, overrides: list[str]) -> Config:
         config = replace(config, objective=ObjectiveSettings(**ARMS[name]))
     if name != "blocks":
         config = replace(config, model=replace(config.model, blocks=1))
+    if config.objective.name == "bptt":
+        config = replace(config, engine=replace(config.engine, cuda_graph=False))
     config = override(config, [*own, *overrides])
     if name == "one_pass":
         config = replace(config, model=replace(config.model, iterations=1))

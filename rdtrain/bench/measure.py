@@ -28,6 +28,7 @@ from ..model.attention import attention_backend
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..objectives import Objective, ObjectiveSettings, build_objective
 from ..objectives.bptt import BackpropagationThroughTime
+from ..objectives.cuda_graph import captured_bytes
 from ..randomness import SampleRandom
 from ..train import objective_and_model, run_step
 from .arms import Case
@@ -188,7 +189,7 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort) -> Mea
             torch.cuda.reset_peak_memory_stats(device)
         durations = _durations(advance, effort.steps, device)
         memory = {"reserved": torch.cuda.max_memory_reserved(device) if cuda else None}
-        peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+        peak = torch.cuda.max_memory_allocated(device) + captured_bytes(device) if cuda else 0
         if cuda:
             result.enqueue_seconds = statistics.median(_enqueue(advance, device) for _ in range(ENQUEUED))
         split = measure_memory(advance, watched, engine.model, device)

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..model.recurrent import RecurrentDepthLM
 from ..objectives import Loss, Objective
+from ..objectives.cuda_graph import captured_bytes
 from ..randomness import SampleRandom
 
 PREFIX = "rdtrain: "
@@ -30,7 +31,7 @@ class StepMemory:
     gradients: what the optimizer steps by, as it does.
     optimizer_state: AdamW's moments, and step counts.
     activations: what is held at the end of a micro-batch's forward pass for its backward pass: saved tensors, logits, copies of weights
-        that autocast makes.
+        that autocast makes. None where CUDA graphs keep it, with the rest of what the passes take, from one step to the next.
     passes: the most that a micro-batch's passes take beside all that was there at its start, gradients as they come among it.
     peak: the most that is allocated at any moment of a step.
     host: of all these, what lies in the CPU's memory while the device is another (offload_optimizer).
@@ -39,7 +40,7 @@ class StepMemory:
     weights: int
     gradients: int
     optimizer_state: int
-    activations: int
+    activations: int | None
     passes: int
     peak: int
     host: int
@@ -172,7 +173,9 @@ def measure_memory(step: Callable[[], None], objective: WatchedObjective, model:
         if (mark.name, end.name) == ("pass", "forward"):
             activations = max(activations, end.allocated - mark.allocated)
             passes = max(passes, max(end.peak, following.peak) - mark.allocated)
+    captured = captured_bytes(device)
     return StepMemory(
-        **here, activations=activations, passes=passes, peak=before + max(mark.peak for mark in marks.marks[1:]),
+        **here, activations=None if captured else activations, passes=passes + captured,
+        peak=before + max(mark.peak for mark in marks.marks[1:]) + captured,
         host=0 if device.type == "cpu" else sum(sizes["cpu"] for sizes in kinds.values()),
     )

@@ -37,6 +37,8 @@ def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: O
     model = model.to(world.device)
     if settings.compile:
         objective.compile(model, apart)
+    if settings.cuda_graph:
+        objective.capture()
 
     if settings.name == "block_parallel":
         return BlockParallelEngine(TrainingModule(model, objective, dtype), optimizer, accumulation, world)

@@ -37,6 +37,9 @@ class EngineSettings:
         makes the optimizer's step.
     compile: compile prelude, core, coda and loss with torch.compile before training starts; under fsdp the layers that it shards, each by
         itself. zero_stage=3 cannot.
+    cuda_graph: CUDA and compile only: have the GPU run the passes of a micro-batch as CUDA graphs, which the host starts at once. For a
+        step that waits for the host (`rdtrain bench` says so); takes room for one more copy of the gradients. For diffusion_blocks of one
+        block, without self_conditioning and chain_states, and one_pass; under name=torch and deepspeed with zero_stage 0 to 2.
     precision: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on CPU. The optimizer works in fp32 in any case. In bf16, ZeRO 1 to 3 and
         fsdp run bf16 copies of the fp32 weights; the others run the fp32 weights under torch.autocast.
     """
@@ -45,6 +48,7 @@ class EngineSettings:
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def __post_init__(self):
@@ -53,6 +57,11 @@ class EngineSettings:
             raise ValueError(
                 "compile cannot go with zero_stage=3, which gathers weights inside of what would be compiled: use zero_stage 0 to 2, or "
                 "name=fsdp, or leave compile off"
+            )
+        if self.cuda_graph and (not self.compile or self.name not in ("torch", "deepspeed")):
+            raise ValueError(
+                "cuda_graph captures what compile makes, under name=torch, and deepspeed with zero_stage 0 to 2: set compile=true and one "
+                "of these, or leave cuda_graph off"
             )
         if self.offload_optimizer and (self.name != "deepspeed" or self.zero_stage == 0):
             raise ValueError("offload_optimizer works with name=deepspeed and zero_stage 1 to 3 alone: use these or leave it off")

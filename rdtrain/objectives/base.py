@@ -14,6 +14,7 @@ from ..model.layers import SandwichBlock
 from ..model.linear_cross_entropy import IGNORED
 from ..model.recurrent import ModelConfig, RecurrentDepthLM, token_losses
 from ..randomness import SampleRandom
+from .cuda_graph import CapturedPass, TrainingPass
 
 
 @dataclass
@@ -115,6 +116,9 @@ class Objective(ABC):
     smallest_micro_batch: int = 1
     """Sequences that a micro-batch must have for its passes to be the same on every rank."""
 
+    training_pass: TrainingPass | None = None
+    """What of a micro-batch is computed with gradient, where every step does the same to tensors of the same shapes; else None."""
+
     @abstractmethod
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
         """The training loss of a micro-batch."""
@@ -126,6 +130,10 @@ class Objective(ABC):
     def compile(self, model: RecurrentDepthLM, apart: Collection[SandwichBlock] = ()) -> None:
         """Compile what a training step computes with this model. apart: layers to be compiled each by itself, as `compile_parts` says."""
         model.compile_parts(apart)
+
+    def capture(self) -> None:
+        """Have the training pass, of which there must be one, replayed as CUDA graphs once the model is where it stays."""
+        self.training_pass = CapturedPass(self.training_pass)
 
     @abstractmethod
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:

@@ -12,7 +12,7 @@ the levels by where partition=equal_information.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class DiffusionBlocks(Objective):
         self.information = InformationEstimate(settings.sigma_min, settings.sigma_max)
         self._divide()
         self._denoise_state = denoise_state
+        if blocks == 1 and not (self.self_conditioning or self.chain_states):
+            self.training_pass = self._training_pass
 
     def compile(self, model: RecurrentDepthLM, apart: Collection[SandwichBlock] = ()) -> None:
         super().compile(model, apart)
@@ -111,15 +113,36 @@ class DiffusionBlocks(Objective):
         return iteration, torch.where(pure, self.settings.sigma_max, sigma)
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
-        inputs, targets = inputs_and_targets(tokens)
-        counted, mask = targets != IGNORED, model.document_mask(inputs)
+        _, targets = inputs_and_targets(tokens)
+        counted = targets != IGNORED
         iteration, sigma = self.draw(random, targets.shape[1])
-        block, sigma_data = self._trained_block(random), self.noise.sigma_data(model.config.width)
-        y, eps = model.unit_embedding(targets.clamp(min=0)), random.normal(targets.shape[1], model.config.width)
+        eps = random.normal(targets.shape[1], model.config.width)
+        if self.training_pass is not None:
+            value, losses = self.training_pass(model, tokens, sigma, eps)
+        else:
+            rows = [row for row, index in enumerate(random.indices) if index % 2 == 0]
+            value, losses = self._training_pass(model, tokens, sigma, eps, self._trained_block(random), iteration, rows)
+        self.information.add(sigma, losses, self._weight, counted)
+        by_level = losses.sum_to_size(sigma.shape).flatten()
+        zeros, counts = torch.zeros(self.iterations, device=tokens.device), counted.float().sum_to_size(sigma.shape).flatten()
+        by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
+        bins = noise_bins(sigma, self.settings).flatten()
+        by_noise_level = tuple(zeros.new_zeros(NOISE_BINS).index_add(0, bins, values) for values in (by_level, counts))
+        metrics = {"loss": sum_and_count(losses, targets), "loss_by_iteration": by_iteration, "loss_by_noise_level": by_noise_level}
+        if self._only_block is not None:
+            metrics = {name: (self._weight * sums, self._weight * counts) for name, (sums, counts) in metrics.items()}
+        return Loss(value, metrics)
+
+    def _training_pass(self, model: RecurrentDepthLM, tokens: Tensor, sigma: Tensor, eps: Tensor, block: int = 0,
+                       iteration: Tensor | None = None, rows: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """The loss at noise levels sigma, with noise eps [B, T, d], and each position's cross-entropy [B, T], detached. rows: of the batch,
+        those that may go through an earlier iteration first; that and `iteration` matter with self_conditioning and chain_states alone."""
+        inputs, targets = inputs_and_targets(tokens)
+        mask, sigma_data = model.document_mask(inputs), self.noise.sigma_data(model.config.width)
+        y = model.unit_embedding(targets.clamp(min=0))
         z, e = torch.addcmul(y, sigma.unsqueeze(-1), eps), model.prelude(inputs, None, mask)
         # Zeros, and not None, where no row is told anything: an engine of several ranks needs the same gradients on each.
         previous = torch.zeros_like(y) if self.self_conditioning else None
-        rows = [row for row, index in enumerate(random.indices) if index % 2 == 0]
         if rows and (self.self_conditioning or self.chain_states):
             rows = torch.tensor(rows, device=z.device)
             parts = (None if part is None else part[rows] for part in (y, eps, e, iteration, sigma, mask))
@@ -131,18 +154,9 @@ class DiffusionBlocks(Objective):
         state, conditioning, evidence = self._denoise_state(model, z, e, sigma, sigma_data, previous=previous, block=block, mask=mask)
         weights = edm_weight(sigma, sigma_data).expand_as(targets) if self.settings.weighting == "edm" else None
         value, losses = model.loss(state, targets, conditioning, evidence, weights, mask)
-        self.information.add(sigma, losses, self._weight, counted)
-        by_level = losses.sum_to_size(sigma.shape).flatten()
-        zeros, counts = torch.zeros(self.iterations, device=tokens.device), counted.float().sum_to_size(sigma.shape).flatten()
-        by_iteration = tuple(zeros.index_add(0, iteration.flatten(), values) for values in (by_level, counts))
-        bins = noise_bins(sigma, self.settings).flatten()
-        by_noise_level = tuple(zeros.new_zeros(NOISE_BINS).index_add(0, bins, values) for values in (by_level, counts))
         if self.core_readout:
             value = value + model.loss_from_core(state, targets, evidence)
-        metrics = {"loss": sum_and_count(losses, targets), "loss_by_iteration": by_iteration, "loss_by_noise_level": by_noise_level}
-        if self._only_block is not None:
-            metrics = {name: (self._weight * sums, self._weight * counts) for name, (sums, counts) in metrics.items()}
-        return Loss(value, metrics)
+        return value, losses
 
     @torch.no_grad()
     def _earlier_iteration(self, model: RecurrentDepthLM, y: Tensor, eps: Tensor, e: Tensor, iteration: Tensor, sigma: Tensor,

@@ -22,13 +22,17 @@ class OnePass(Objective):
         """iterations: the model's K. UserError when it is not 1."""
         if iterations != 1:
             raise UserError(f"objective.name=one_pass runs the core once, and model.iterations is {iterations}: set model.iterations=1")
+        self.training_pass = self._training_pass
 
     def __call__(self, model: RecurrentDepthLM, tokens: Tensor, random: SampleRandom) -> Loss:
+        value, losses = self.training_pass(model, tokens)
+        return Loss(value, {"loss": sum_and_count(losses, inputs_and_targets(tokens)[1])})
+
+    def _training_pass(self, model: RecurrentDepthLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs, targets = inputs_and_targets(tokens)
         mask = model.document_mask(inputs)
         e = model.prelude(inputs, None, mask)
-        value, losses = model.loss(model.iterate(torch.zeros_like(e), e, mask=mask), targets, mask=mask)
-        return Loss(value, {"loss": sum_and_count(losses, targets)})
+        return model.loss(model.iterate(torch.zeros_like(e), e, mask=mask), targets, mask=mask)
 
     def next_token_logits(self, model: RecurrentDepthLM, inputs: Tensor, random: SampleRandom) -> Tensor:
         """The one iteration, from zeros."""
