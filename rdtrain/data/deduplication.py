@@ -7,6 +7,7 @@ would stand on one side.
 
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -30,24 +31,23 @@ def sort_documents(records: Iterable[Path], documents: int, validation_share: fl
     shutil.rmtree(buckets, ignore_errors=True)
     buckets.mkdir()
     count = min(MOST_BUCKETS, -(-documents // BUCKET_DOCUMENTS))
-    files = [(buckets / str(bucket)).open("wb") for bucket in range(count)]
-    sides = np.memmap(folder / "sides.bin", np.uint8, "w+", shape=(documents,))
     bound = np.uint64(int(validation_share * 2**64))
     first = 0
-    try:
+    with ExitStack() as stack:
+        files = [stack.enter_context((buckets / str(bucket)).open("wb")) for bucket in range(count)]
+        # written before it is mapped: on a full disk a write is an error, and a change in memory the end of the process (SIGBUS)
+        decided = stack.enter_context((folder / "sides.bin").open("wb"))
         for file in records:
             unit = np.fromfile(file, RECORD)
             entries = np.empty(len(unit), _ENTRY)
             entries["high"], entries["low"] = unit["high"], unit["low"]
             entries["document"] = np.arange(first, first + len(unit))
-            sides[first:first + len(unit)] = np.where(unit["high"] < bound, VALIDATION, TRAIN)
+            decided.write(np.where(unit["high"] < bound, np.uint8(VALIDATION), np.uint8(TRAIN)).tobytes())
             first += len(unit)
             bucket_of = entries["low"] % np.uint64(count)
             for bucket in np.unique(bucket_of):
                 files[bucket].write(entries[bucket_of == bucket].tobytes())
-    finally:
-        for file in files:
-            file.close()
+    sides = np.memmap(folder / "sides.bin", np.uint8, "r+", shape=(documents,))
     for bucket in range(count):
         entries = np.fromfile(buckets / str(bucket), _ENTRY)
         entries = entries[np.lexsort((entries["high"], entries["low"]))]  # stable: copies stay in their order
