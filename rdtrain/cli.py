@@ -4,6 +4,7 @@ Libraries are imported inside each verb, so that `rdtrain --help` answers at onc
 """
 
 import argparse
+import io
 import sys
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,9 @@ From text to text:
 
 def main() -> None:
     """Entry point of the `rdtrain` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="backslashreplace")  # names of files and texts may hold what the terminal cannot show
     arguments = build_parser().parse_args(join_action(sys.argv[1:]))
     with user_errors_as_exit():
         raise SystemExit(arguments.run(arguments) or 0)

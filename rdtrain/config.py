@@ -24,6 +24,7 @@ from .model.noise import NoiseSettings
 from .model.recurrent import ModelSettings
 from .objectives import ObjectiveSettings
 from .optimization import OptimizerSettings, ScheduleSettings
+from .yaml_loader import YamlLoader
 
 
 @dataclass
@@ -166,7 +167,7 @@ def config_to_yaml(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(YamlLoader):
     """PyYAML reads 3e-4 as a string (YAML 1.1); this reads it as the number that everybody means."""
 
 

@@ -40,7 +40,7 @@ def test_missing_empty_and_binary_text_is_refused(rdtrain, refused, tmp_path):
 
     refused(corpus(tmp_path / "nothing.txt"), "no such file", "nothing.txt")
     (tmp_path / "empty.txt").touch()
-    refused(corpus(tmp_path / "empty.txt"), "empty.txt is empty")
+    refused(corpus(tmp_path / "empty.txt"), "no text in", "empty.txt")
     (tmp_path / "blank.txt").write_text(" \n\n ")
     refused(corpus(tmp_path / "blank.txt"), "no text in", "blank.txt")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
@@ -56,6 +56,17 @@ def test_existing_output_is_refused_and_replaced_on_request(rdtrain, refused, te
     assert (target / "manifest.json").read_bytes() == before
     assert rdtrain(*command, "--overwrite").returncode == 0
     assert json.loads((target / "manifest.json").read_text())["documents"] == 1
+
+
+def test_any_name_of_a_file_can_be_shown_and_a_part_that_is_none_is_refused(rdtrain, shards, tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / os.fsdecode(b"a\xff.txt")).write_bytes(b"\xff")
+    (tmp_path / "text" / "b.txt").write_text("text")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # as on a terminal that knows no other characters
+    command = ("shard", tmp_path / "text", "--tokenizer", shards / "train", "--output", tmp_path / "out")
+    result = rdtrain(*command)
+    assert result.returncode == 0 and "1 not UTF-8, the first is " in result.stdout and "a\\udcff.txt" in result.stdout, result.stderr
+    assert "give I/N, such as 1/4" in rdtrain(*command, "--part", "1").stderr
 
 
 def test_a_missing_or_damaged_tokenizer_is_refused(rdtrain, refused, text_folder, tmp_path):

@@ -70,6 +70,7 @@ def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
         ("checkpoint: {keep: 0}", ["interval and keep must be at least 1"]),
         ("checkpoint: {interval: 100, keep_every: 250}", ["keep_every must be 0 or a multiple of interval=100, and it is 250"]),
         ("model: [1, 2", ["not valid YAML"]),
+        ("data:\n  mixture:\n    web: 1\n    web: 2", ["'web' stands twice in one mapping", "line 4"]),
         ("- a\n- b", ["must hold sections", "list"]),
         ("base: missing.yaml", ["missing.yaml does not exist"]),
         ("base: bad.yaml", ["its own base"]),

@@ -40,7 +40,7 @@ def add_shard(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of `rdtrain tokenizer train` or `import`, or its file")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--column", default="text", help="the text column of JSONL and Parquet")
+    parser.add_argument("--column", help="of inputs: the text column of JSONL and Parquet (default: text)")
     parser.add_argument(
         "--validation-share", type=float, default=0.0, metavar="SHARE",
         help="write OUTPUT/train and OUTPUT/validation, about this share of the documents, by a hash of the text, in the latter",
@@ -112,7 +112,10 @@ def _cores() -> int:
 
 
 def _part(text: str) -> tuple[int, int]:
-    number, count = map(int, text.split("/"))  # argparse says what is wrong
+    try:
+        number, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; give I/N, such as 1/4") from None
     return number, count
 
 
@@ -122,9 +125,11 @@ def _shard(arguments) -> None:
 
     if bool(arguments.inputs) == (arguments.config is not None):
         raise UserError("rdtrain shard needs either inputs or --config: give one of the two")
+    if arguments.config is not None and arguments.column is not None:
+        raise UserError("--column is of inputs, and sources have columns of their own: give `column` to those of --config")
     inputs = arguments.inputs or load_sources(arguments.config)
     manifest = write_shards(
-        inputs, load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite, column=arguments.column,
+        inputs, load_tokenizer(arguments.tokenizer), arguments.output, overwrite=arguments.overwrite, column=arguments.column or "text",
         workers=arguments.workers, validation_share=arguments.validation_share, part=arguments.part,
     )
     if arguments.part is None:

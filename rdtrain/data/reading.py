@@ -31,6 +31,7 @@ PACKED = (".gz", ".xz", ".zst")  # may follow those of TEXT and JSON
 LONGEST_LINE = 128 << 20  # bytes of a line of JSON; a longer one is left out, so that memory is bounded
 PIECE_CHARACTERS = 1 << 20  # of a text file, read at a time
 READ_BYTES = 1 << 16  # of packed data, unpacked, at a time
+LONGEST_WINDOW = 1 << 31  # of a .zst file, in bytes, as `zstd --long=31` writes it; unpacking takes as much memory at most
 PACKED_READ = 1 << 14  # bytes of zstandard data unpacked at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -137,10 +138,13 @@ def open_stream(file: str | Path) -> Iterator[BinaryIO]:
 
 
 def unpack(packed: BinaryIO, file: str | Path) -> BinaryIO:
-    """The stream that `packed` holds, as the ending of the file's name says; `packed` itself when it is of no packing."""
+    """The stream that `packed` holds, as the ending of the file's name says; `packed` itself when it is of no packing. EOFError when it
+    is packed and holds nothing at all, which gzip would take for no text."""
     packing = Path(file).suffix.lower()
     if packing not in PACKED:
         return packed
+    if not packed.peek(1):
+        raise EOFError("the file is empty")
     stream = {".gz": lambda: gzip.GzipFile(fileobj=packed), ".xz": lambda: lzma.LZMAFile(packed), ".zst": lambda: _ZstandardStream(packed)}
     return io.BufferedReader(_Blocks(stream[packing]()), READ_BYTES)
 
@@ -184,7 +188,7 @@ class _ZstandardStream:
 
     def __init__(self, packed: BinaryIO):
         self._file = packed
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = self._new_frame()
         self._packed = self._unpacked = b""
 
     def read1(self, size: int) -> bytes:
@@ -195,11 +199,14 @@ class _ZstandardStream:
                 return b""
             block = self._packed or block
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = self._new_frame()
             self._unpacked = memoryview(self._frame.decompress(block))
             self._packed = self._frame.unused_data
         block, self._unpacked = self._unpacked[:size], self._unpacked[size:]
         return block
+
+    def _new_frame(self):
+        return zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj()
 
 
 def _read_text(file: str) -> Iterator[Piece | Rejected]:
@@ -264,6 +271,8 @@ def _read_lines(unit: Unit) -> Iterator[Piece | Rejected | End]:
             yield Rejected(file, number, "not JSON", "it is nested too deeply")
         except ValueError as error:
             yield Rejected(file, number, "not JSON", getattr(error, "msg", reason_of(error)))
+    if number == 0 and unit.first == 0 and unit.content is None:
+        yield Piece(file, 0, "", True)  # a file without a line counts as an empty document
     yield End(number)
 
 

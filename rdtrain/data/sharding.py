@@ -60,7 +60,7 @@ def write_shards(inputs: list[Path] | list[NamedSource], tokenizer: Tokenizer, o
         raise UserError(f"there is no part {part[0]}/{part[1]}; give I/N with I from 1 to N")
     if not inputs or not isinstance(inputs[0], NamedSource):
         inputs = [NamedSource("text", tuple(map(str, inputs)), column)]
-    found = Inputs(inputs, unit_bytes)
+    found = Inputs(inputs, unit_bytes, output)
     if part is not None and found.has_standard_input:
         raise UserError("standard input cannot be shared by parts; give files")
     settings = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.hash, "inputs": found.describe(), "unit_bytes": unit_bytes,
@@ -102,6 +102,10 @@ def merge_parts(parts: list[Path], output: Path, overwrite: bool = False, worker
             raise UserError(f"{folder} and {parts[0]} are parts of different runs, with other {', '.join(different) or 'inputs'}; give the "
                             "parts of one run")
     count = settings["part"][1]
+    for folder, other in zip(parts, facts):
+        if other["settings"]["part"][1] != count:
+            raise UserError(f"{folder} is part {other['settings']['part'][0]} of {other['settings']['part'][1]}, and {parts[0]} one of "
+                            f"{count}; give the parts of one run")
     folders = {other["settings"]["part"][0]: folder for folder, other in zip(parts, facts)}
     if missing := [number for number in range(1, count + 1) if number not in folders]:
         raise UserError(f"of {count} parts, number {missing[0]} is not given; give all of them")

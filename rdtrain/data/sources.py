@@ -3,13 +3,14 @@
 Which files there are is decided here, how they are read in `rdtrain.data.reading`.
 
 Notable:
-- Files are read in the order given, those of a folder sorted by path, each once; hidden files and files of unknown kinds in a
-  folder are left out.
+- Files are read in the order given, those of a folder sorted by path, each once; hidden files and, with a warning, files of unknown
+  kinds in a folder are left out.
 - Documents without a visible character are left out.
 """
 
 import glob
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,21 +31,22 @@ class Document(NamedTuple):
 def list_files(paths: Iterable[str | Path]) -> list[Path]:
     """The readable files that `paths` (files, folders, glob patterns) stand for, each once, in order.
 
-    Raises UserError for a path or pattern that nothing matches, a folder without a readable file, a file of an unknown kind and a
-    file of zero bytes that was named itself.
+    A warning on standard error counts the files of a folder that are left out because of their ending. Raises UserError for a path or
+    pattern that nothing matches, a folder that cannot be read or has no readable file, and a file of an unknown kind that was named itself.
     """
     files: dict[Path, None] = {}  # a set that keeps its order
     for path in map(Path, paths):
-        if path.exists():
+        try:
+            os.stat(path)
             matches = [path]
-        elif glob.has_magic(str(path)):
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        else:
-            matches = []
+        except PermissionError as error:
+            raise _unreadable(path, error) from None
+        except (OSError, ValueError):  # it is not there, or is no name that a file can have
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] if glob.has_magic(str(path)) else []
         if not matches:
             raise UserError(f"no such file or folder: {path}; correct the path")
         for match in matches:
-            files.update(dict.fromkeys(_files_of_folder(match) if match.is_dir() else [_named_file(match)]))
+            files.update(dict.fromkeys(_files_of_folder(match) if os.path.isdir(match) else [_named_file(match)]))
     return list(files)
 
 
@@ -82,19 +84,32 @@ def kind_of(file: Path) -> str | None:
 def _named_file(file: Path) -> Path:
     if kind_of(file) is None:
         raise UserError(f"{file} is of no known kind; give files that end in {READABLE}")
-    if file.stat().st_size == 0:
-        raise UserError(f"{file} is empty; give files that hold text")
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UserError(f"{file} is a pipe or a device; give files, or - for standard input to rdtrain shard")
     return file
 
 
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path} ({error.strerror}); see to its permissions or leave it out")
+
+
 def _files_of_folder(folder: Path) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in files if kind_of(file) and file.is_file() and file.stat().st_size)
+    """Links are followed, and a folder that several lead to is read once. A link that leads nowhere counts as a file, as one is missed."""
+
+    def refuse(error: OSError):
+        raise _unreadable(error.filename, error) from None
+
+    found: list[Path] = []
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if not name.startswith(".")}
+        folders[:] = [name for name, path in real.items() if not (path in seen or seen.add(path))]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in found if kind_of(file) and (os.path.isfile(file) or not os.path.exists(file)))
     if not files:
         raise UserError(f"no readable files in {folder}; readable are {READABLE}")
+    if others := sorted(file for file in found if kind_of(file) is None):
+        print(f"rdtrain: warning: files of other kinds in {folder} are left out: {len(others)}, the first is {others[0]}", file=sys.stderr)
     return files
 
 

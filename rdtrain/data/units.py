@@ -23,6 +23,7 @@ from typing import BinaryIO
 import yaml
 
 from ..errors import UserError
+from ..yaml_loader import YamlLoader
 from .reading import BYTE_ORDER_MARK, LONGEST_LINE, PACKED, Unit, reason_of, unpack
 from .sources import list_files, unit_kind
 
@@ -58,7 +59,7 @@ def load_sources(file: Path) -> list[NamedSource]:
     """The sources that a YAML file names, in its order. UserError when it is no such file."""
     example = "write `sources: {NAME: {paths: [...]}}`, or dataset instead of paths"
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), YamlLoader)
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}); correct the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -88,8 +89,9 @@ class Inputs:
     Attributes: sources, and bytes: the size of all files, or None when standard input or a data set is among them.
     """
 
-    def __init__(self, sources: list[NamedSource], unit_bytes: int):
-        """unit_bytes: about how much one unit holds. Raises the UserErrors of `list_files`."""
+    def __init__(self, sources: list[NamedSource], unit_bytes: int, output: Path | None = None):
+        """unit_bytes: about how much one unit holds. output: a folder whose files are no input, wherever it lies. Raises the UserErrors of
+        `list_files`."""
         self.sources = sources
         self._unit_bytes = unit_bytes
         self._files: list[list[Path | str]] = []
@@ -98,11 +100,14 @@ class Inputs:
             raise UserError(f"two sources are named {repeated!r}; give each a name of its own")
         if [path for source in sources for path in source.paths].count(STANDARD_INPUT) > 1:
             raise UserError("standard input (-) is named twice, and it can be read once only; name it once")
+        if self.has_standard_input and sys.stdin is None:
+            raise UserError("standard input is closed; pipe text into this command, or give files instead of -")
         for source in sources:
             files = []
             for path in source.paths:
                 files += [path] if path == STANDARD_INPUT else list_files([path])
-            self._files.append(list(dict.fromkeys(files)))
+            own = output and output.absolute()
+            self._files.append([file for file in dict.fromkeys(files) if file == STANDARD_INPUT or own not in file.absolute().parents])
         self._facts = [[(str(file), *_size_and_time(file)) for file in files] for files in self._files]
         whole = not self.has_standard_input and all(source.dataset is None for source in sources)
         self.bytes = sum(size for facts in self._facts for _, size, _ in facts) if whole else None
@@ -249,7 +254,10 @@ def open_dataset(source: NamedSource):
 
     folder = Path(source.dataset)
     if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(folder)[source.split].to_iterable_dataset()
+        splits = datasets.load_from_disk(folder)
+        if source.split not in splits:
+            raise UserError(f"the data set {folder} has no split {source.split!r}; name one of {', '.join(splits)}")
+        return splits[source.split].to_iterable_dataset()
     if (folder / "state.json").is_file():
         return datasets.load_from_disk(folder).to_iterable_dataset()
     return datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True)
@@ -260,6 +268,6 @@ def _size_and_time(file: Path | str) -> tuple[int, int]:
         return 0, 0
     try:
         status = file.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}); correct the path") from None
+    except OSError:
+        return 0, 0  # reading it says what is wrong
     return status.st_size, status.st_mtime_ns

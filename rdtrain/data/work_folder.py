@@ -1,6 +1,6 @@
 """The folder in which `rdtrain shard` works, so that a killed run is continued: beside the output, named .OUTPUT.unfinished.
 
-    settings.json    what decides the result; a run continues only what was begun with the same
+    settings.json    what decides the result; a run continues only what was begun with the same, or where nothing has been done yet
     units/           the finished units (in result/units for a part)
     result/          what becomes the output
     complete         the result is whole, and only has to be moved
@@ -32,6 +32,9 @@ def work_folder(output: Path, settings: dict, times: str, overwrite: bool, writt
     Raises UserError when the output exists and may not be replaced, when the work was begun with other settings or inputs, when another
     process is at it, and for every OSError inside the block.
     """
+    if output.suffix.lower() == ".zip" or output.parts and output.parts[0].endswith(":"):
+        raise UserError(f"shards are written to a folder of this machine first, and {output} is a zip file or a URL; write them to a "
+                        "folder, and bring them there with `rdtrain shard copy`")
     target = Path(output).absolute()
     work = target.parent / f".{target.name}.unfinished"
     try:
@@ -74,14 +77,15 @@ def give_up(work: Path) -> None:
 
 def _check_settings(work: Path, output: Path, settings: dict, times: str) -> None:
     file = work / "settings.json"
-    if not file.is_file():
+    begun = json.loads(file.read_text()) if file.is_file() else None
+    different = begun and [key for key in settings if begun["settings"].get(key) != settings[key]]
+    if begun and not different and begun["times"] != times:
+        different = ["inputs (they have changed since)"]
+    if begun is None or different and not any(work.rglob("units/*/*.json")):  # nothing has been done that could be lost
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps({"settings": settings, "times": times}, indent=2))
         temporary.replace(file)
-    begun = json.loads(file.read_text())
-    different = [key for key in settings if begun["settings"].get(key) != settings[key]]
-    if not different and begun["times"] != times:
-        different = ["inputs (they have changed since)"]
+        return
     if different:
         names = ", ".join(different).replace("_", " ")
         raise UserError(f"{work} holds an unfinished run for {output} with other {names}; start that command again to finish it, or delete "

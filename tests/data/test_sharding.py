@@ -7,9 +7,11 @@ import lzma
 import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -75,6 +77,8 @@ def test_parts_merge_into_what_one_run_writes(mixed, tokenizer, tmp_path, fault,
     assert content(tmp_path / "merged") == content(tmp_path / "whole")
     write_shards([mixed], tokenizer, tmp_path / "other", part=(2, 3), **{**options, "validation_share": 0.1})
     assert "other validation_share" in fault(lambda: merge_parts([*parts[:2], tmp_path / "other"], tmp_path / "x"))
+    write_shards([mixed], tokenizer, tmp_path / "fourth", part=(2, 4), **options)
+    assert "fourth is part 2 of 4, and " in fault(lambda: merge_parts([*parts, tmp_path / "fourth"], tmp_path / "x"))
     damaged = next(parts[1].rglob("*.tokens"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
     assert f"{damaged} is damaged" in fault(lambda: merge_parts(parts, tmp_path / "x"))
@@ -118,11 +122,18 @@ def test_sources_by_name(documents, tokenizer, tmp_path, monkeypatch, fault, lin
     assert manifest["sources"][2]["left_out"] == {"duplicate": {"documents": 1, "first": "standard input:4"},
                                                   "empty": {"documents": 1, "first": "standard input:3"}}
     for text, message in (("sources: {a: {}}", "either paths or a dataset"), ("x: 1", "holds no sources"), ("[", "is not YAML"),
+                          ("sources: {a: {paths: [x]}, a: {paths: [y]}}", "'a' stands twice"),
                           ("sources: {a: {paths: x}}", "needs a list"), ("sources: {a: {path: [x]}}", "unknown settings (path)")):
         config.write_text(text)
         assert message in fault(lambda: load_sources(config))
     missing = [NamedSource("x", dataset=str(tmp_path / "none"))]
     assert "cannot read the data set" in fault(lambda: write_shards(missing, tokenizer, tmp_path / "x"))
+    datasets.DatasetDict({"some": datasets.Dataset.from_dict({"text": ["x"]})}).save_to_disk(tmp_path / "saved")
+    other = [NamedSource("x", dataset=str(tmp_path / "saved"))]
+    assert "has no split 'train'; name one of some" in fault(lambda: write_shards(other, tokenizer, tmp_path / "x"))
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in fault(lambda: write_shards(["-"], tokenizer, tmp_path / "x"))
+    assert write_shards([tmp_path / "a.jsonl"], tokenizer, tmp_path / "x")["documents"] > 0, "nothing had been done with other settings"
 
 
 TWO = b'{"text": "good"}\n{"text": "end"}\n'
@@ -141,6 +152,14 @@ BAD = [
     ("i.jsonl.gz", b"not packed", {"unreadable": (1, "i.jsonl.gz:1")}),
     ("j.parquet", parquet({"text": [5, None, 7]}), {"empty": (1, "j.parquet:2"), "not text": (2, "j.parquet:1")}),
     ("k.parquet", parquet({"text": ["x"] * 999})[:-9], {"unreadable": (1, "k.parquet:1")}),
+    ("l.jsonl", b"", {"empty": (1, "l.jsonl")}),
+    ("m.txt", b"", {"empty": (1, "m.txt")}),
+    ("n.jsonl.gz", b"", {"unreadable": (1, "n.jsonl.gz:1")}),
+    ("o.txt.gz", b"", {"unreadable": (1, "o.txt.gz")}),
+    ("p.parquet", b"", {"unreadable": (1, "p.parquet:1")}),
+    ("q.parquet", parquet({"text": [{"body": "x"}, None]}), {"not text": (1, "q.parquet:1"), "empty": (1, "q.parquet:2")}),
+    ("r.jsonl.gz", gzip.compress(TWO[:20], mtime=0) + gzip.compress(TWO[20:], mtime=0) + b"more", {"unreadable": (1, "r.jsonl.gz:3")}),
+    ("s.jsonl", '{"text": "x"}\n'.encode("utf-16"), {"not UTF-8": (1, "s.jsonl:1"), "not JSON": (1, "s.jsonl:2")}),
 ]
 
 
@@ -150,7 +169,7 @@ def test_what_cannot_be_read_is_counted_and_named(tokenizer, tmp_path, unit_byte
     (tmp_path / "0.txt").write_text("whole")
     (tmp_path / name).write_bytes(damage)
     manifest = write_shards([tmp_path], tokenizer, tmp_path / "out", unit_bytes=unit_bytes)
-    good = ["whole", *(["good", "end"] if b"good" in damage or name in ("b.jsonl.gz", "h.jsonl.xz") else [])]
+    good = ["whole", *(["good", "end"] if b"good" in damage or name in ("b.jsonl.gz", "h.jsonl.xz", "r.jsonl.gz") else [])]
     assert_holds(tmp_path / "out", expected(good, tokenizer)[0])
     found = {reason: (facts["documents"], Path(facts["first"].split(" (")[0]).name)
              for reason, facts in manifest["sources"][0]["left_out"].items()}
@@ -266,6 +285,39 @@ def test_what_is_streamed_must_be_the_same_to_continue(tokenizer, tmp_path, monk
         fault(lambda: shard(lines(["a", "b"]), fail=True))
     assert "standard input does not give what it gave before" in fault(lambda: shard(lines(["a", "c"])))
     assert shard(lines(["a", "b"]))["documents"] == 2
+
+
+def test_shards_go_into_a_folder_which_is_no_input(tokenizer, tmp_path, capsys, fault):
+    (tmp_path / "a.txt").write_text("text")
+    manifest = write_shards([tmp_path], tokenizer, tmp_path / "out")
+    assert write_shards([tmp_path], tokenizer, tmp_path / "out") == manifest
+    assert write_shards([tmp_path], tokenizer, tmp_path / "out", overwrite=True) == manifest
+    for place in ("s3://bucket/shards", tmp_path / "shards.zip"):
+        assert "`rdtrain shard copy`" in fault(lambda place=place: write_shards([tmp_path], tokenizer, Path(place)))
+
+
+FULL_DISK = """
+import pathlib, subprocess, sys
+import numpy
+from rdtrain.data.deduplication import sort_documents
+from rdtrain.data.encoding import RECORD
+folder = pathlib.Path(sys.argv[1])
+numpy.zeros(200_000, RECORD).tofile(folder / "records")
+(folder / "full").mkdir()
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder / "full"], check=True)
+try:
+    sort_documents([folder / "records"], 200_000, 0.1, folder / "full")
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be made here")
+    process = subprocess.run([*alone, sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "No space left on device\n"), process.stderr
 
 
 def test_units_are_the_same_each_time(mixed):

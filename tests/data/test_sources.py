@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import socket
 
 import datasets
@@ -78,6 +79,41 @@ def test_folders_globs_and_strange_names(tmp_path):
     assert list_files([tmp_path / "**" / "?.txt"]) == [tmp_path / "b/2.txt"]
 
 
+def test_links_are_followed_once_and_what_is_left_out_is_told(tmp_path, capsys, fault):
+    for name in ("a/1.txt", "elsewhere/2.txt", "a/3.csv", "a/4.ndjson"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name, target in (("link", "../elsewhere"), ("other", "../elsewhere"), ("circle", "..")):
+        (tmp_path / "a" / name).symlink_to(target)
+    assert read(tmp_path / "a") == ["a/1.txt", "elsewhere/2.txt"]
+    assert f"files of other kinds in {tmp_path}/a are left out: 2, the first is {tmp_path}/a/3.csv" in capsys.readouterr().err
+    (tmp_path / "elsewhere" / "gone.txt").symlink_to("nowhere")
+    assert "gone.txt (" in fault(lambda: read(tmp_path / "a"))
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "is a pipe or a device" in fault(lambda: read(tmp_path / "pipe.txt"))
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch, fault):
+    (tmp_path / "a" / "closed").mkdir(parents=True)
+    (tmp_path / "a" / "1.txt").write_text("x")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, to whom nothing is closed
+    assert f"cannot read {tmp_path}/a/closed (Permission denied)" in fault(lambda: read(tmp_path / "a"))
+
+
+def test_zstandard_with_the_longest_window(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(frame.compress(LINES) + frame.flush())
+    assert read(tmp_path) == TEXTS
+
+
 def test_sources_and_empty_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": "x"}\n')
     (tmp_path / "b.txt").write_text("y")
@@ -102,7 +138,10 @@ def test_nothing_is_fetched_and_nothing_is_left(tmp_path, monkeypatch):
     ("a.pdf", b"x", "is of no known kind"),
     ("a.parquet.gz", b"x", "is of no known kind"),
     ("noending", b"x", "is of no known kind"),
-    ("a.txt", b"", "is empty"),
+    ("a.txt", b"", "no text in"),
+    ("a.jsonl", b"", "no text in"),
+    ("a.jsonl.gz", b"", "(the file is empty)"),
+    ("a\0.txt", None, "no such file or folder: "),
     ("a.txt", b" \n\n", "no text in"),
     ("a.jsonl", b"\n", "no text in"),
     ("a.txt", b"\x80abc", "binary file or not UTF-8"),
