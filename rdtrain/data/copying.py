@@ -11,10 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..errors import UserError
 from .output import content_facts
+from .progress import show_progress
 from .shards import FILES_AT_ONCE, MANIFEST, ShardReader, shard_folders
 from .storage import MISSING, Files, ZipFiles, open_files
 
@@ -79,7 +78,7 @@ def _for_all(action: Callable[[str], None], names: list[str], title: str) -> Non
     """action(name) of every name, several at a time."""
     with ThreadPoolExecutor(FILES_AT_ONCE, title) as pool:
         try:
-            for _ in tqdm(pool.map(action, names), title, len(names), unit=" files", disable=None):
+            for _ in show_progress(pool.map(action, names), title, total=len(names), unit=" files"):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
@@ -98,7 +97,8 @@ def _write_zip(readers: dict[str, ShardReader], target: str, overwrite: bool) ->
         with temporary.open("wb") as stream:
             with zipfile.ZipFile(stream, "w") as archive:
                 for side, reader in readers.items():
-                    for name in tqdm([*reader.manifest["files"], MANIFEST], "copy", unit=" files", disable=None):
+                    names = [*reader.manifest["files"], MANIFEST]
+                    for name in show_progress(names, "copy", total=len(names), unit=" files"):
                         content = reader.manifest_content if name == MANIFEST else reader.read_file(name)
                         archive.writestr(zipfile.ZipInfo(_below(side, name) if side else name), content)
             stream.flush()

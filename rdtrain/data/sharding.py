@@ -18,7 +18,6 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..model.tokenizer import Tokenizer
@@ -26,6 +25,7 @@ from .array_files import Layout, create_arrays, forget_open_files, kept_document
 from .deduplication import sort_documents
 from .encoding import RECORD, content_hash, encode_unit, unit_file
 from .output import file_facts
+from .progress import show_progress
 from .reading import Unit
 from .shards import CHUNK_TOKENS, FORMAT_VERSION, MANIFEST, SHARD_TOKENS, seal_manifest
 from .units import Inputs, NamedSource
@@ -134,7 +134,7 @@ def merge_parts(parts: list[Path], output: Path, overwrite: bool = False, worker
 def _encode(inputs: Inputs, folder: Path, tokenizer: Tokenizer, workers: int, part: tuple[int, int]) -> int:
     """Encodes the units of the part that are not done yet and returns how many units the whole input has."""
     units = tokens = 0
-    with tqdm(desc="shards", total=inputs.bytes, unit="B", unit_scale=True, disable=None) as progress:
+    with show_progress(desc="shards", total=inputs.bytes, unit="B", unit_scale=True) as progress:
 
         def unfinished() -> Iterator[Unit]:
             nonlocal units, tokens
@@ -195,7 +195,7 @@ def _write_result(layout: Layout, units: int, settings: dict, tokenizer: Tokeniz
     tasks = [task for task in tasks if not shard_state(layout, task).is_file()]
     workers = max(min(workers, len(tasks) // SHARDS_OF_A_WORKER), 1)
     with closing(run_tasks(workers, functools.partial(write_shard, layout=layout), tasks)) as finished:
-        for _ in tqdm(finished, "files", len(tasks), unit=" files", disable=None):
+        for _ in show_progress(finished, "files", total=len(tasks), unit=" files"):
             pass
     for side in sides:
         _write_manifest(layout, side, settings, tokenizer, starts, first_units, left_out)
@@ -297,7 +297,7 @@ def _part_facts(folder: Path) -> dict:
 def _check_units(layout: Layout, units: int, workers: int) -> None:
     """UserError when a file of a unit is not what was written."""
     with closing(run_tasks(workers, functools.partial(_damage, layout=layout), range(units))) as found:
-        for fault in tqdm(found, "check", units, unit=" units", disable=None):
+        for fault in show_progress(found, "check", total=units, unit=" units"):
             if fault:
                 raise UserError(f"{fault}; copy that part again or make it anew")
 

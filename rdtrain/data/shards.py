@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from tqdm import tqdm
 
 from ..errors import UserError, first_line
 from ..model.tokenizer import TOKENIZER_FILES
 from .chunks import ChunkedArray
 from .output import content_facts
+from .progress import show_progress
 from .storage import MISSING, TRAINING_TRIES, ZarrFiles, open_files
 
 FORMAT_VERSION = 2
@@ -129,7 +129,7 @@ class ShardReader:
         names = self.manifest["files"]
         with ThreadPoolExecutor(FILES_AT_ONCE, "verify") as pool:
             try:
-                for fault in tqdm(pool.map(self._fault, names), "verify", len(names), unit=" files", disable=None):
+                for fault in show_progress(pool.map(self._fault, names), "verify", total=len(names), unit=" files"):
                     if fault:
                         yield fault
             finally:

@@ -6,6 +6,7 @@ import io
 import lzma
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,14 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path):
         pytest.skip("a small disk cannot be made here")
     process = subprocess.run([*alone, sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, "No space left on device\n"), process.stderr
+
+
+def test_a_log_has_lines_of_speed_tokens_and_time_left(mixed, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rdtrain.data.progress.LINE_SECONDS", 0)
+    write_shards([mixed], tokenizer, tmp_path / "out", unit_bytes=3000)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 5 and all(line.startswith(("shards: ", "files: ")) for line in lines), lines
+    assert any(re.fullmatch(r"shards: \d\d% \S+k of \S+k, \S+ so far, \S+ left, \S+B/s, [\d,]+ tokens", line) for line in lines), lines
 
 
 def test_units_are_the_same_each_time(mixed):
