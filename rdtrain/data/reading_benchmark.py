@@ -59,7 +59,7 @@ def read_benchmark(shards: Path, folder: Path, sequence_length: int, batch: int,
     order = partial(_starts, loader)
     try:
         folder.mkdir(parents=True)
-        copy = _copy(reader, folder / "tokens.npy")
+        copy = _copy(reader, folder / "tokens.bin")
         ways = {
             "rdtrain": lambda: Loader(reader, sequence_length, seed=0).batch,
             "np.memmap, uncompressed": lambda: _window_by_window(lambda start: copy[start:start + sequence_length + 1], order),
@@ -116,13 +116,11 @@ def _zarr_windows(reader: ShardReader, length: int) -> Callable[[int], np.ndarra
 
 
 def _copy(reader: ShardReader, file: Path) -> np.ndarray:
-    """The tokens as a file that is mapped into memory, [tokens]."""
-    tokens = np.lib.format.open_memmap(file, "w+", np.dtype(reader.manifest["dtype"]), (len(reader),))
-    for start in range(0, len(reader), COPY_TOKENS):
-        stop = min(start + COPY_TOKENS, len(reader))
-        tokens[start:stop] = reader.read(start, stop)
-    tokens.flush()
-    return np.load(file, mmap_mode="r")
+    """The tokens as a file that is mapped into memory, [tokens]; written as one that is not, where a full disk is an OSError."""
+    with file.open("wb") as stream:
+        for start in range(0, len(reader), COPY_TOKENS):
+            stream.write(reader.read(start, min(start + COPY_TOKENS, len(reader))).tobytes())
+    return np.memmap(file, reader.manifest["dtype"], "r")
 
 
 def _tensorstore_batches(shards: Path, length: int, order: Callable[[Sequence[int]], list[int]]) -> Callable[[Sequence[int]], Tensor]:

@@ -23,6 +23,7 @@ import zstandard
 from rdtrain.data import deduplication, reading, units
 from rdtrain.data.encoding import SEGMENT_CHARACTERS, segments
 from rdtrain.data.sharding import merge_parts, write_shards
+from rdtrain.data.sharding_benchmark import benchmark
 from rdtrain.data.shards import ShardReader
 from rdtrain.data.units import Inputs, NamedSource, load_sources
 
@@ -327,6 +328,18 @@ def test_a_log_has_lines_of_speed_tokens_and_time_left(mixed, tokenizer, tmp_pat
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 5 and all(line.startswith(("shards: ", "files: ")) for line in lines), lines
     assert any(re.fullmatch(r"shards: \d\d% \S+k of \S+k, \S+ so far, \S+ left, \S+B/s, [\d,]+ tokens", line) for line in lines), lines
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_the_command_beside_the_tokenizer(tokenizer, tmp_path, fault):
+    titles, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in
+                        benchmark(tokenizer, tmp_path / "work", [1, 2], [1, 2]).splitlines())
+    assert [row[:2] for row in rows] == [["1", "1"], ["1", "2"], ["2", "1"], ["2", "2"]]
+    columns = dict(zip(titles, zip(*rows)))
+    assert columns["tokens"][0] == columns["tokens"][1] < columns["tokens"][2] == columns["tokens"][3]
+    assert all(float(cell) > 0 for title in ("MB/s", "bare tokenizer MB/s", "bare") for cell in columns[title])
+    assert all(50 < float(cell) < 1000 for cell in columns["peak memory MiB"]) and not list(tmp_path.iterdir())
+    assert "exists already" in fault(lambda: benchmark(tokenizer, tmp_path, [1], [1]))
 
 
 def test_units_are_the_same_each_time(mixed):
