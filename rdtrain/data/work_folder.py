@@ -35,7 +35,7 @@ def work_folder(output: Path, settings: dict, times: str, overwrite: bool, writt
     if output.suffix.lower() == ".zip" or output.parts and output.parts[0].endswith(":"):
         raise UserError(f"shards are written to a folder of this machine first, and {output} is a zip file or a URL; write them to a "
                         "folder, and bring them there with `rdtrain shard copy`")
-    target = Path(output).absolute()
+    target = Path(output).resolve()  # of a link, what it leads to: there is the room, and a folder cannot take the place of a link
     work = target.parent / f".{target.name}.unfinished"
     try:
         shutil.rmtree(_trash(target), ignore_errors=True)

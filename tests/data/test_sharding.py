@@ -294,6 +294,11 @@ def test_shards_go_into_a_folder_which_is_no_input(tokenizer, tmp_path, capsys, 
     manifest = write_shards([tmp_path], tokenizer, tmp_path / "out")
     assert write_shards([tmp_path], tokenizer, tmp_path / "out") == manifest
     assert write_shards([tmp_path], tokenizer, tmp_path / "out", overwrite=True) == manifest
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "link").symlink_to("large disk")
+    (tmp_path / "new").symlink_to("none yet")
+    for link in ("link", "new"):  # a link is filled, not replaced
+        assert write_shards([tmp_path / "a.txt"], tokenizer, tmp_path / link)["documents"] == 1 and (tmp_path / link).is_symlink()
     for place in ("s3://bucket/shards", tmp_path / "shards.zip"):
         assert "`rdtrain shard copy`" in fault(lambda place=place: write_shards([tmp_path], tokenizer, Path(place)))
 
