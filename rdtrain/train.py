@@ -335,9 +335,10 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
             log = log or stop > 0
             if log and world.device.type == "cuda":
                 torch.cuda.synchronize()
+            skipped_steps = judge.read(last_too=log)  # waits for the step before where the device is the slower one
             seconds += time.perf_counter() - started
             progress.update()
-            for skipped in judge.read(last_too=log):
+            for skipped in skipped_steps:
                 progress.write(
                     f"step {skipped.step} skipped: loss {skipped.loss:.4g}, gradient norm {skipped.gradient_norm:.4g}", file=sys.stderr
                 )

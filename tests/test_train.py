@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from rdtrain.config import load_config
 from rdtrain.errors import UserError
+from rdtrain.faults import StepJudge
 from rdtrain.metrics import read_metrics
 from rdtrain.model.information import UNIT
 from rdtrain.train import train
@@ -21,6 +22,18 @@ from rdtrain.train import train
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["gradient_norm"]) for record in read_metrics(folder / "metrics.jsonl")[1:]]
+
+
+def test_time_in_which_the_host_waits_for_the_device_is_the_steps(tiny_config, tmp_path, monkeypatch):
+    read = StepJudge.read
+
+    def slow(judge, last_too):
+        time.sleep(0.3)
+        return read(judge, last_too)
+
+    monkeypatch.setattr(StepJudge, "read", slow)
+    assert train(load_config(tiny_config(schedule={"steps": 6}))) == 0
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["seconds"] > 6 * 0.3
 
 
 @pytest.mark.parametrize("name", ["diffusion_blocks", "bptt", "one_pass"])

@@ -77,7 +77,8 @@ def optimizer_groups(engine) -> list[tuple[dict, list[torch.Tensor]]]:
 
 
 def identical(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return len(first) == len(second) and all(torch.equal(one, other) for one, other in zip(first, second))
+    """Wherever they lie: a step count of zero is the snapshot's own."""
+    return len(first) == len(second) and all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(first, second))
 
 
 def reference(objective: DiffusionBlocks, optimizer: OptimizerSettings,
