@@ -179,10 +179,10 @@ def measure(case: Case, known: Measurement, world: World, effort: Effort) -> Mea
             share = rank_indices(0, config.batch.global_sequences, 1, 0, known.micro_sequences)[0]
             tokens = torch.zeros(known.micro_sequences, known.sequence_length + 1, dtype=torch.int64)
             first = on_device(tokens, device), SampleRandom(seed, share, device)
-            result.compile_seconds = _seconds(lambda: engine.warm_up(*first), device)
+            result.compile_seconds = seconds_of(lambda: engine.warm_up(*first), device)
             if cuda:  # what the compiler tried its kernels on
                 torch.cuda.empty_cache()
-        result.first_step_seconds = _seconds(advance, device)
+        result.first_step_seconds = seconds_of(advance, device)
         while step < timed.start:
             advance()
         if cuda:
@@ -260,22 +260,24 @@ def _means(world: World, *values: float | None) -> list[float | None]:
     return [None if None in column else statistics.mean(column) for column in zip(*world.gather(values))]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until an idle device has done some work, and the host as well."""
+    synchronize(device)
     started = time.perf_counter()
     work()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
 def _enqueue(work: Callable[[], None], device: torch.device) -> float:
     """Seconds until the host is done with work for a device that was idle."""
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -284,13 +286,13 @@ def _enqueue(work: Callable[[], None], device: torch.device) -> float:
 def _durations(work: Callable[[], None], count: int, device: torch.device) -> list[float]:
     """Seconds from the end of one piece of work to the end of the next, on the device, which is not made to wait in between."""
     if device.type != "cuda":
-        return [_seconds(work, device) for _ in range(count)]
+        return [seconds_of(work, device) for _ in range(count)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     ends[0].record()
     for end in ends[1:]:
         work()
         end.record()
-    _synchronize(device)
+    synchronize(device)
     return [1e-3 * before.elapsed_time(after) for before, after in zip(ends, ends[1:])]
 
 

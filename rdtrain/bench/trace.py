@@ -34,6 +34,7 @@ class Trace:
     message_seconds, exposed_seconds: the same of NCCL's kernels, which wait for other ranks too, and of those when no other kernel runs.
     kernels: the costliest, costliest first.
     attention: names of the attention kernels among all.
+    launches: kernels and copies, or on the CPU operators.
     """
 
     busy_seconds: float | None = None
@@ -41,6 +42,7 @@ class Trace:
     exposed_seconds: float | None = None
     kernels: list[Kernel] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
+    launches: float = 0.0
 
 
 def trace_steps(step: Callable[[], None], steps: int, device: torch.device, host: bool, path: Path | None = None) -> Trace:
@@ -68,7 +70,8 @@ def trace_steps(step: Callable[[], None], steps: int, device: torch.device, host
     total = sum(seconds.values())
     kernels = [Kernel(name, calls[name] / steps, spent / steps, spent / total) for name, spent in seconds.most_common(COSTLIEST)]
     of_step = [1e-6 * length / steps if ran else None for length in lengths(ran)]
-    return Trace(*of_step, kernels, sorted(name for name in seconds if ATTENTION.search(name)))
+    attention = sorted(name for name in seconds if ATTENTION.search(name))
+    return Trace(*of_step, kernels, attention, calls.total() / steps)
 
 
 def covered(intervals: list[tuple[float, float]]) -> float:

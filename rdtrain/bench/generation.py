@@ -1,0 +1,405 @@
+"""What generation costs, on the device that is there: tokens a second, time to the first token, and memory.
+
+    python -m rdtrain.bench.generation --output runs/generation --budget 460
+
+Denoising blocks, with and without CUDA graphs and adaptive iterations, beside an unrolled model of the same shape (BPTT's) and a plain
+transformer that makes as many operations a token, at each K and batch; and beside the time that the weights need to be read once an
+iteration, at the memory bandwidth that is measured first. Weights of a config are random, which costs as much as trained ones; only
+where adaptive iterations end depends on them, so for these give an exported folder.
+
+Notable: generation.json is written after every case, in the order that the command line gives, the most wanted first. `--resume` keeps
+what is there, `--budget` begins no further case once it is spent. generation.md beside it has the tables.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+from ..config import load_config
+from ..data.output import write_atomically
+from ..distributed import World
+from ..errors import UserError, first_line, out_of_memory, user_errors_as_exit
+from ..estimate import model_on_paper, parameters_by_part
+from ..flops import forward_flops, generation_flops
+from ..model.decoding import Decoder, cache_bytes
+from ..model.generation import TextGenerator
+from ..model.information import InformationCurve
+from ..model.noise import NoiseSchedule
+from ..model.recurrent import ModelConfig, ModelSettings, RecurrentDepthLM
+from ..model.sampling import Sampling
+from ..run_folder import start_facts
+from ..train import objective_and_model
+from .generation_report import page
+from .measure import device_name, seconds_of, synchronize
+from .trace import trace_steps
+
+KINDS = ("blocks", "bptt", "plain")
+ARMS = ["blocks", "blocks graph=false", "blocks exit=entropy", "bptt", "plain"]
+MODELS = ["configs/1b.yaml:32768", "configs/70m.yaml:8192"]
+FULL = 0.95  # of the device's memory: a case whose weights and cache need more is not begun
+
+
+@dataclass
+class Arm:
+    """Who generates, and how. kind: one of KINDS; graph: whether steps are captured, on CUDA and where they can be."""
+
+    name: str
+    kind: str
+    sampling: Sampling
+    graph: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        """`KIND setting=value ...`, the settings being those of `Sampling`, and `graph`. UserError for what cannot be."""
+        kind, *settings = text.split()
+        kinds = {one.name: one.type for one in fields(Sampling)}
+        given, graph = {}, True
+        try:
+            for setting in settings:
+                name, _, value = setting.partition("=")
+                if name == "graph" and value in ("true", "false"):
+                    graph = value == "true"
+                else:
+                    given[name] = value if kinds[name] is str else int(value) if kinds[name] is int else float(value)
+            sampling = Sampling(**given)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"arm '{text}' cannot be ({error}): write KIND setting=value, with settings of generation") from None
+        if kind not in KINDS:
+            raise UserError(f"there is no arm '{kind}': choose from {', '.join(KINDS)}")
+        if kind != "blocks" and sampling.changes_the_chain:
+            raise UserError(f"arm '{text}' has settings of a denoising chain: leave solver and chain_* to blocks")
+        return cls(text, kind, sampling, graph)
+
+
+@dataclass
+class Effort:
+    """How long is measured. prompt, new: tokens of each text; seconds: of decoding, about, in each of so many repeats."""
+
+    prompt: int = 64
+    new: int = 64
+    seconds: float = 0.4
+    repeats: int = 3
+
+
+@dataclass
+class Row:
+    """What was found of one case.
+
+    iterations: K, of a plain transformer that of the blocks which make as many operations. layers: those that a token passes. flops: of
+    one token in the middle of the new ones. weight_bytes: of all weights; read_bytes: of those that a token's iterations run, each time
+    anew. cache_bytes: of all texts. out_of_memory: why it did not run. prepare_seconds: of the first two tokens, with captures.
+    first_token_seconds: from a prompt's tokens to the first new one, median; token_seconds: of each further one, of all texts at once,
+    median over the repeats. iterations_used: where there is an exit, how many tokens took so many. peak_bytes: CUDA: the most that was
+    allocated. busy_seconds, launches, kernels: CUDA, of the first case of each arm: for how long a token keeps the device busy, with how
+    many kernels and copies, and the costliest of them.
+    """
+
+    model: str
+    arm: str
+    iterations: int
+    batch: int
+    layers: int
+    parameters: int
+    precision: str
+    flops: float
+    weight_bytes: int
+    read_bytes: int
+    cache_bytes: int
+    graph: bool
+    out_of_memory: str | None = None
+    prepare_seconds: float | None = None
+    first_token_seconds: float | None = None
+    token_seconds: float | None = None
+    tokens: int = 0
+    iterations_used: dict[int, int] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    busy_seconds: float | None = None
+    launches: float | None = None
+    kernels: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Subject:
+    """A model that is measured. name: as tables have it; model: where it is trained already, and loaded."""
+
+    name: str
+    shape: ModelConfig
+    noise: NoiseSchedule
+    dtype: torch.dtype
+    model: RecurrentDepthLM | None = None
+
+    @classmethod
+    def load(cls, text: str, device: torch.device) -> "Subject":
+        """An exported folder of a denoising model, or `CONFIG:TOKENS`. UserError for what is neither."""
+        if Path(text).is_dir():
+            try:
+                loaded = TextGenerator.load(Path(text), str(device))
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            if not loaded.model.config.noise_conditioning:
+                raise UserError(f"{text} is not of denoising blocks, which all else is compared with: give one that is")
+            return cls(Path(text).name, loaded.model.config, loaded.noise, loaded.model.embedding.weight.dtype, loaded.model)
+        path, _, tokens = text.rpartition(":")
+        if not path or not tokens.isdigit():
+            raise UserError(f"{text} is no exported folder: give one, or a config and the tokens of its vocabulary, as {MODELS[0]}")
+        config = load_config(Path(path), ["objective.name=diffusion_blocks"])
+        shape = objective_and_model(config, World(0, 1, 0, device), int(tokens), 0)[1]
+        curve = InformationCurve.expected(config.noise.sigma_min, config.noise.sigma_max)
+        return cls(Path(path).stem, shape, NoiseSchedule(config.noise, curve), config.engine.dtype(device))
+
+
+def shape_of(kind: str, blocks: ModelConfig, iterations: int, length: int) -> ModelConfig:
+    """The model of an arm: the blocks' own, or an unrolled one of the same shape, or a plain transformer of as many operations.
+
+    The last has all layers but two in its prelude, and runs its core once; length: positions that a token attends to.
+    """
+    if kind == "blocks":
+        return blocks
+    same = {one.name: getattr(blocks, one.name) for one in fields(ModelSettings)} | {"blocks": 1}
+    unrolled = ModelConfig(**same, vocab_size=blocks.vocab_size, unused_tokens=blocks.unused_tokens)
+    if kind == "bptt":
+        return unrolled
+    plain = replace(unrolled, prelude_layers=1, core_layers=1, coda_layers=1, iterations=1, initial_state="zero")
+    missing = generation_flops(blocks, iterations, length) - generation_flops(plain, 1, length)
+    return replace(plain, prelude_layers=1 + max(0, round(missing / forward_flops(plain, length).layer)))
+
+
+def build(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> RecurrentDepthLM:
+    """A model with random weights, made where it runs and as it runs: in fp32 first, a deep one would not fit."""
+    model = model_on_paper(shape).to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=shape.width**-0.5 / 2)
+        else:
+            parameter.fill_(1)
+    if shape.noise_conditioning:  # as before training: a state that the noise level neither scales nor shifts
+        for name, parameter in model.named_parameters():
+            if ".modulation." in name:
+                parameter.zero_()
+    return model
+
+
+def memory_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes a second that the device's memory moves, the best of ten sums and ten copies of so many bytes."""
+    size = size or (2**32 if device.type == "cuda" else 2**27)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for moved, work in ((size, source.sum), (2 * size, lambda: target.copy_(source))):
+        work()
+        best = max(best, *(moved / seconds_of(work, device) for _ in range(10)))
+    return best
+
+
+def read_bytes(model: RecurrentDepthLM, iterations: int, itemsize: int) -> int:
+    """Bytes of weights that one token needs where nothing stays on the chip from one iteration to the next.
+
+    A denoising model runs one block's core, coda and head at every iteration; another the core alone.
+    """
+    parts = parameters_by_part(model)
+    core, once = parts["core"] // model.config.blocks, parts["prelude"]
+    rest = parts["coda"] + parts["embedding"] + parts["rest"]
+    if model.config.noise_conditioning:
+        return itemsize * (once + iterations * (core + rest))
+    return itemsize * (once + iterations * core + rest)
+
+
+def row_of(subject: Subject, arm: Arm, iterations: int, batch: int, shape: ModelConfig, model: RecurrentDepthLM, effort: Effort,
+           device: torch.device) -> Row:
+    """What is known of a case before it runs. model: on paper or not."""
+    own = 1 if arm.kind == "plain" else iterations
+    parameters, itemsize = sum(one.numel() for one in model.parameters()), subject.dtype.itemsize
+    repeated = shape.core_layers + (shape.coda_layers if shape.noise_conditioning else 0)
+    layers = shape.prelude_layers + own * repeated + (0 if shape.noise_conditioning else shape.coda_layers)
+    cache = batch * cache_bytes(model, own, arm.sampling, effort.prompt + effort.new)
+    return Row(
+        model=subject.name, arm=arm.name, iterations=iterations, batch=batch, layers=layers, parameters=parameters,
+        precision=str(subject.dtype).removeprefix("torch."), flops=generation_flops(shape, own, effort.prompt + effort.new // 2),
+        weight_bytes=itemsize * parameters, read_bytes=read_bytes(model, own, itemsize), cache_bytes=cache,
+        graph=arm.graph and device.type == "cuda" and arm.sampling.exit == "never",
+    )
+
+
+def measure(row: Row, arm: Arm, model: RecurrentDepthLM, noise: NoiseSchedule, effort: Effort, look_inside: bool) -> None:
+    """Run a case and fill in its row. look_inside: trace a token, on CUDA. RuntimeError where memory runs out."""
+    device = model.embedding.weight.device
+    cuda = device.type == "cuda"
+    own = 1 if arm.kind == "plain" else row.iterations
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    decoder = Decoder(model, noise, own, arm.sampling, row.batch, effort.prompt + effort.new, capture=None if arm.graph else False)
+    ids = torch.randint(model.config.vocab_size, (row.batch, effort.prompt), generator=torch.Generator().manual_seed(0))
+
+    def run(further: int) -> tuple[float, float]:
+        """Seconds to the first token, and of so many further ones."""
+        decoder.truncate(0)
+        steps = decoder.generate(ids, 0, 1 + further)
+        first = seconds_of(lambda: next(steps), device)
+        return first, seconds_of(lambda: list(steps), device)
+
+    row.prepare_seconds = sum(run(1))
+    longest = effort.new - 1
+    further = max(2, min(longest, round(effort.seconds / (run(2)[1] / 2)))) if longest > 2 else longest
+    found, used = [], Counter()
+    for _ in range(effort.repeats):
+        found.append(run(further))
+        used.update(one for step in decoder.iterations_used[1:] for one in step.tolist())  # the prompt's pass has no exit
+    row.first_token_seconds = statistics.median(first for first, _ in found)
+    row.token_seconds, row.tokens = statistics.median(rest for _, rest in found) / further, further
+    row.iterations_used = dict(sorted(used.items()))
+    if cuda:
+        row.peak_bytes = torch.cuda.max_memory_allocated(device)
+    if cuda and look_inside:
+        decoder.truncate(0)
+        steps = decoder.generate(ids, 0, 4)
+        next(steps), next(steps)
+        trace = trace_steps(lambda: next(steps), 2, device, host=False)
+        row.busy_seconds, row.launches, row.kernels = trace.busy_seconds, trace.launches, [asdict(one) for one in trace.kernels]
+
+
+def measure_or_run_out(row: Row, work: Callable[[], None], device: torch.device) -> None:
+    """Nothing of a case is left in memory; where that runs out, its row says so."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+        if row.weight_bytes + row.cache_bytes > FULL * there:
+            row.out_of_memory = f"weights and cache need {(row.weight_bytes + row.cache_bytes) / 2**30:.0f} GiB of {there / 2**30:.0f}"
+            return
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        reasons, one = [], error
+        while one is not None:  # a capture that memory ran out in ends with an error of its own
+            reasons, one = [*reasons, one], one.__context__
+        ran_out = [one for one in reasons if out_of_memory(one)]
+        if not ran_out:
+            raise
+        row.out_of_memory = first_line(ran_out[0])
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class Settings:
+    """What is measured: see the command line."""
+
+    models: list[str]
+    arms: list[str]
+    iterations: list[int]
+    batches: list[int]
+    effort: Effort
+    output: Path
+    resume: bool = False
+    budget: float | None = None
+
+    def __post_init__(self):
+        """UserError for what cannot be run."""
+        numbers = {"--iterations": self.iterations, "--batches": self.batches, "--prompt-tokens": [self.effort.prompt],
+                   "--repeats": [self.effort.repeats]}
+        for name, values in numbers.items():
+            if min(values) < 1:
+                raise UserError(f"{name} must be at least 1, and it is {min(values)}: give larger numbers")
+        if self.effort.new < 2:
+            raise UserError(f"--new-tokens must be at least 2, and it is {self.effort.new}: the first is timed by itself")
+
+
+@torch.inference_mode()
+def measure_generation(settings: Settings, device: torch.device) -> dict:
+    """All cases, one after another; returns what generation.json has. UserError for anything that a user can mend."""
+    started, effort = time.monotonic(), settings.effort
+    arms, subjects = [Arm.parse(text) for text in settings.arms], [Subject.load(text, device) for text in settings.models]
+    report = {"facts": start_facts(device.type), "device": device_name(device), "effort": asdict(effort), "complete": False}
+    kept = _kept(settings.output, report) if settings.resume else {}
+    report |= {"bandwidth": kept.get("bandwidth") or memory_bandwidth(device), "measurements": kept.get("measurements", [])}
+    known = {_key(row) for row in report["measurements"]}
+    seen = {(row["model"], row["arm"]) for row in report["measurements"]}
+    planned = [(k, subject, arm) for k in settings.iterations for subject in subjects for arm in arms]
+    for k, subject, arm in planned:
+        shape, model = shape_of(arm.kind, subject.shape, k, effort.prompt + effort.new // 2), None
+        paper = model_on_paper(shape).to(subject.dtype)
+        for batch in settings.batches:
+            row = row_of(subject, arm, k, batch, shape, paper, effort, device)
+            if _key(asdict(row)) in known:
+                continue
+            if settings.budget is not None and time.monotonic() - started > settings.budget:
+                return report
+
+            def work(row=row, arm=arm, subject=subject, shape=shape) -> None:
+                nonlocal model
+                if model is None:
+                    model = subject.model if arm.kind == "blocks" and subject.model else build(shape, subject.dtype, device)
+                measure(row, arm, model, subject.noise, effort, (subject.name, arm.name) not in seen)
+
+            measure_or_run_out(row, work, device)
+            seen.add((subject.name, arm.name))
+            report["measurements"].append(asdict(row))
+            report["complete"] = len(report["measurements"]) >= len(planned) * len(settings.batches)
+            _write(settings.output, report)
+    synchronize(device)
+    return report
+
+
+def _key(row: dict) -> tuple:
+    return row["model"], row["arm"], row["iterations"], row["batch"]
+
+
+def _write(output: Path, report: dict) -> None:
+    write_atomically(output / "generation.json", json.dumps(report, indent=1) + "\n")
+    write_atomically(output / "generation.md", page(report))
+
+
+def _kept(output: Path, report: dict) -> dict:
+    path = output / "generation.json"
+    if not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_text())
+        same = before["device"] == report["device"] and before["effort"] == report["effort"]
+        same = same and before["facts"]["versions"] == report["facts"]["versions"] and before["bandwidth"] > 0
+        [Row(**row) for row in before["measurements"]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not what this version writes: remove it, or choose another --output") from None
+    if not same:
+        raise UserError(f"{path} was made on another device or with other options: choose another --output, or leave out --resume")
+    return before
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rdtrain.bench.generation", description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("models", nargs="*", default=MODELS, help="exported folders, or CONFIG:TOKENS, with random weights")
+    parser.add_argument("--output", type=Path, required=True, help="folder for generation.json and generation.md")
+    parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM", help=f"each one of {', '.join(KINDS)}, and settings of generation")
+    parser.add_argument("--iterations", type=int, nargs="+", default=[32, 1, 8, 64, 4], metavar="K", help="in the order of measurement")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 16], metavar="N", help="texts at a time")
+    parser.add_argument("--prompt-tokens", type=int, default=Effort.prompt, help="tokens of a prompt")
+    parser.add_argument("--new-tokens", type=int, default=Effort.new, help="tokens that there is room for behind it")
+    parser.add_argument("--seconds", type=float, default=Effort.seconds, help="of decoding in each repeat, about")
+    parser.add_argument("--repeats", type=int, default=Effort.repeats, help="of each case; the median counts")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements that the output folder has")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further case once they are over")
+    given = parser.parse_args()
+    effort = Effort(given.prompt_tokens, given.new_tokens, given.seconds, given.repeats)
+    with user_errors_as_exit():
+        settings = Settings(given.models, given.arms, given.iterations, given.batches, effort, given.output, given.resume, given.budget)
+        try:
+            given.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the folder {given.output} cannot be made ({error.strerror}): choose another --output") from None
+        report = measure_generation(settings, World.from_environment().device)
+        print(page(report) if report["measurements"] else "nothing was measured within the budget")
+
+
+if __name__ == "__main__":
+    main()
