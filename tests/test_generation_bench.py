@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import rdtrain.bench.generation as bench
-from rdtrain.bench.generation import Arm, Effort, Settings, Subject, measure_generation, shape_of
+from rdtrain.bench.generation import Effort, Settings, measure_generation
+from rdtrain.bench.generation_arms import Arm, Subject, shape_of
 from rdtrain.bench.generation_report import mean_iterations, page, times_of_reading
 from rdtrain.errors import UserError
 from rdtrain.flops import generation_flops

@@ -18,65 +18,28 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..config import load_config
 from ..data.output import write_atomically
 from ..distributed import World
 from ..errors import UserError, first_line, out_of_memory, user_errors_as_exit
 from ..estimate import model_on_paper, parameters_by_part
-from ..flops import forward_flops, generation_flops
+from ..flops import generation_flops
 from ..model.decoding import Decoder, cache_bytes
-from ..model.generation import TextGenerator
-from ..model.information import InformationCurve
 from ..model.noise import NoiseSchedule
-from ..model.recurrent import ModelConfig, ModelSettings, RecurrentDepthLM
-from ..model.sampling import Sampling
+from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..run_folder import start_facts
-from ..train import objective_and_model
+from .generation_arms import KINDS, Arm, Subject, build, shape_of
 from .generation_report import page
 from .measure import device_name, seconds_of, synchronize
 from .trace import trace_steps
 
-KINDS = ("blocks", "bptt", "plain")
 ARMS = ["blocks", "blocks graph=false", "blocks exit=entropy", "bptt", "plain"]
 MODELS = ["configs/1b.yaml:32768", "configs/70m.yaml:8192"]
 FULL = 0.95  # of the device's memory: a case whose weights and cache need more is not begun
-
-
-@dataclass
-class Arm:
-    """Who generates, and how. kind: one of KINDS; graph: whether steps are captured, on CUDA and where they can be."""
-
-    name: str
-    kind: str
-    sampling: Sampling
-    graph: bool = True
-
-    @classmethod
-    def parse(cls, text: str) -> "Arm":
-        """`KIND setting=value ...`, the settings being those of `Sampling`, and `graph`. UserError for what cannot be."""
-        kind, *settings = text.split()
-        kinds = {one.name: one.type for one in fields(Sampling)}
-        given, graph = {}, True
-        try:
-            for setting in settings:
-                name, _, value = setting.partition("=")
-                if name == "graph" and value in ("true", "false"):
-                    graph = value == "true"
-                else:
-                    given[name] = value if kinds[name] is str else int(value) if kinds[name] is int else float(value)
-            sampling = Sampling(**given)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"arm '{text}' cannot be ({error}): write KIND setting=value, with settings of generation") from None
-        if kind not in KINDS:
-            raise UserError(f"there is no arm '{kind}': choose from {', '.join(KINDS)}")
-        if kind != "blocks" and sampling.changes_the_chain:
-            raise UserError(f"arm '{text}' has settings of a denoising chain: leave solver and chain_* to blocks")
-        return cls(text, kind, sampling, graph)
 
 
 @dataclass
@@ -124,67 +87,6 @@ class Row:
     busy_seconds: float | None = None
     launches: float | None = None
     kernels: list[dict] = field(default_factory=list)
-
-
-@dataclass
-class Subject:
-    """A model that is measured. name: as tables have it; model: where it is trained already, and loaded."""
-
-    name: str
-    shape: ModelConfig
-    noise: NoiseSchedule
-    dtype: torch.dtype
-    model: RecurrentDepthLM | None = None
-
-    @classmethod
-    def load(cls, text: str, device: torch.device) -> "Subject":
-        """An exported folder of a denoising model, or `CONFIG:TOKENS`. UserError for what is neither."""
-        if Path(text).is_dir():
-            try:
-                loaded = TextGenerator.load(Path(text), str(device))
-            except ValueError as error:
-                raise UserError(str(error)) from None
-            if not loaded.model.config.noise_conditioning:
-                raise UserError(f"{text} is not of denoising blocks, which all else is compared with: give one that is")
-            return cls(Path(text).name, loaded.model.config, loaded.noise, loaded.model.embedding.weight.dtype, loaded.model)
-        path, _, tokens = text.rpartition(":")
-        if not path or not tokens.isdigit():
-            raise UserError(f"{text} is no exported folder: give one, or a config and the tokens of its vocabulary, as {MODELS[0]}")
-        config = load_config(Path(path), ["objective.name=diffusion_blocks"])
-        shape = objective_and_model(config, World(0, 1, 0, device), int(tokens), 0)[1]
-        curve = InformationCurve.expected(config.noise.sigma_min, config.noise.sigma_max)
-        return cls(Path(path).stem, shape, NoiseSchedule(config.noise, curve), config.engine.dtype(device))
-
-
-def shape_of(kind: str, blocks: ModelConfig, iterations: int, length: int) -> ModelConfig:
-    """The model of an arm: the blocks' own, or an unrolled one of the same shape, or a plain transformer of as many operations.
-
-    The last has all layers but two in its prelude, and runs its core once; length: positions that a token attends to.
-    """
-    if kind == "blocks":
-        return blocks
-    same = {one.name: getattr(blocks, one.name) for one in fields(ModelSettings)} | {"blocks": 1}
-    unrolled = ModelConfig(**same, vocab_size=blocks.vocab_size, unused_tokens=blocks.unused_tokens)
-    if kind == "bptt":
-        return unrolled
-    plain = replace(unrolled, prelude_layers=1, core_layers=1, coda_layers=1, iterations=1, initial_state="zero")
-    missing = generation_flops(blocks, iterations, length) - generation_flops(plain, 1, length)
-    return replace(plain, prelude_layers=1 + max(0, round(missing / forward_flops(plain, length).layer)))
-
-
-def build(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> RecurrentDepthLM:
-    """A model with random weights, made where it runs and as it runs: in fp32 first, a deep one would not fit."""
-    model = model_on_paper(shape).to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=shape.width**-0.5 / 2)
-        else:
-            parameter.fill_(1)
-    if shape.noise_conditioning:  # as before training: a state that the noise level neither scales nor shifts
-        for name, parameter in model.named_parameters():
-            if ".modulation." in name:
-                parameter.zero_()
-    return model
 
 
 def memory_bandwidth(device: torch.device, size: int | None = None) -> float:
@@ -380,7 +282,7 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="*", default=MODELS, help="exported folders, or CONFIG:TOKENS, with random weights")
     parser.add_argument("--output", type=Path, required=True, help="folder for generation.json and generation.md")
-    parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM", help=f"each one of {', '.join(KINDS)}, and settings of generation")
+    parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM", help=f"one of {', '.join(KINDS)}, and settings of generation")
     parser.add_argument("--iterations", type=int, nargs="+", default=[32, 1, 8, 64, 4], metavar="K", help="in the order of measurement")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 16], metavar="N", help="texts at a time")
     parser.add_argument("--prompt-tokens", type=int, default=Effort.prompt, help="tokens of a prompt")

@@ -82,7 +82,8 @@ def _headline(rows: list[dict], bandwidth: float) -> list[str]:
 def _table(title: str, rows: list[dict], show, ran: bool = True) -> list[str]:
     """Rows of (arm, batch), columns of K. ran: whether only what was run can be shown."""
     iterations = sorted({row["iterations"] for row in rows})
-    lines = [f"| {title} | batch | " + " | ".join(f"K = {k}" for k in iterations) + " |", "| " + " | ".join(["---"] * (len(iterations) + 2)) + " |"]
+    lines = [f"| {title} | batch | " + " | ".join(f"K = {k}" for k in iterations) + " |"]
+    lines.append("| " + " | ".join(["---"] * (len(iterations) + 2)) + " |")
     for arm in dict.fromkeys(row["arm"] for row in rows):
         for batch in sorted({row["batch"] for row in rows if row["arm"] == arm}):
             cells = []
