@@ -141,6 +141,23 @@ def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported,
     refused(rdtrain("export", tmp_path / "run", "--output", exported), "exists already", "overwrite")
     refused(rdtrain("export", tmp_path, "--output", tmp_path / "other"), "holds no checkpoint")
     refused(rdtrain("generate", tmp_path / "run"), "not an exported model", "rdtrain export")
+    config = json.loads((exported / "config.json").read_text())
+    load = export_module.load_exported(exported).TextGenerator.load
+    for section, name, value in (
+        ("model", "heads", 0), ("model", "width", 1.5), ("model", "mlp_width", True), ("model", "iterations", "4"), ("model", "wings", 2),
+        ("noise", "p_std", None), ("noise", "partition", "even"), ("noise", "sigma_max", float("nan")), ("model", "vocab_size", 2**70),
+        (None, "dtype", "x"), (None, "dtype", 3), (None, "format", 2), (None, "information_curve", [1, "x"]), (None, "model", []),
+        (None, "noise", None), (None, "information_curve", [1.0]),
+    ):
+        changed = config | {name: value} if section is None else config | {section: config[section] | {name: value}}
+        (exported / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="^.* is not a whole exported model (.*): export it again$"):
+            load(exported, "cpu")
+    for text in ("{", "[]", "{}"):
+        (exported / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="^.* is not a whole exported model (.*): export it again$"):
+            load(exported, "cpu")
+    (exported / "config.json").write_text(json.dumps(config))
     weights = exported / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     result = alone(exported, "--prompt", "A")

@@ -253,16 +253,96 @@ def test_saved_and_pickled_models_are_the_same_and_run_as_exports_do(both, hf_to
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_a_compiled_forward_run(denoiser, dtype):
+def test_half_precision_runs(denoiser, dtype):
     model = load(denoiser[1], dtype=dtype)
     assert model.dtype == dtype
     logits = model(**padded()).logits
     torch.testing.assert_close(logits.float(), denoiser[2](**padded()).logits, rtol=0.1, atol=0.3)
+    ids = torch.tensor(PROMPTS[:1])
+    torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, model(ids).logits)
     finite = model.generate(**padded(), **GREEDY | {"num_iterations": 64}, return_dict_in_generate=True, output_logits=True)
     assert all(one.isfinite().all() for one in finite.logits)
-    if dtype == torch.bfloat16:
-        ids = torch.tensor(PROMPTS[:1])
-        torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+def test_a_compiled_forward_gives_what_the_plain_one_does(denoiser):
+    model, ids = denoiser[2], torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+        states = [call(ids, seed=5) for call in (torch.compile(model.initial_state), model.initial_state)]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_lm_eval_gives_the_models_likelihood_and_chooses_by_it(both, tokenizer, tmp_path, monkeypatch):
+    """lm-evaluation-harness itself (pip install rdtrain[lm-eval]), offline, on two tasks of local files."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    ours, folder, _ = both
+    texts = ["Returns the value of the name.", "The function takes a list of numbers.", "An error is raised."]
+    choices = [["name.", "file of a list.", "error"], ["numbers.", "x.", "the"], ["raised.", "raised again", "so"]]
+    write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    heads = [text.rpartition(" ")[0] for text in texts]
+    write_lines(tmp_path / "choices.jsonl", [{"head": head, "choices": of_it, "answer": 1} for head, of_it in zip(heads, choices)])
+    for name, lines in {
+        "texts": 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list: [{metric: bits_per_byte}]',
+        "choices": 'output_type: multiple_choice\ndoc_to_text: "{{head}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
+                   "metric_list: [{metric: acc}]",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: local_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/{name}.jsonl}}}}\n"
+            f"test_split: test\n{lines}\n"
+        )
+    model = HFLM(str(folder), device="cpu", batch_size=2, max_length=64, trust_remote_code=True, add_bos_token=False)
+    found = lm_eval.simple_evaluate(model, tasks=["local_texts", "local_choices"], task_manager=TaskManager(include_path=str(tmp_path)),
+                                    bootstrap_iters=0)["results"]
+
+    def nats(ids, start):
+        """Of the tokens from `start` on."""
+        log_probability = written_out(ours, ids, 0, 4).log_softmax(-1)
+        return -sum(log_probability[place - 1, ids[place]].item() for place in range(start, len(ids)))
+
+    total = sum(nats(tokenizer.encode(text, bos=True), 1) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert found["local_texts"]["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-4)
+    right = 0
+    for head, of_it in zip(heads, choices):
+        costs = [nats(tokenizer.encode(f"{head} {choice}"), len(tokenizer.encode(head))) for choice in of_it]
+        right += costs.index(min(costs)) == 1
+    assert found["local_choices"]["acc,none"] == pytest.approx(right / 3)
+
+
+def test_a_device_map_of_one_device_loads_the_same_weights(both):
+    pytest.importorskip("accelerate")
+    for where in ("cpu", {"": "cpu"}, "auto"):
+        mapped = load(both[1], device_map=where)
+        assert all(torch.equal(one, other) for one, other in zip(mapped.parameters(), both[2].parameters(), strict=True))
+        assert torch.equal(mapped.generate(**padded(), **GREEDY, seed=1), both[2].generate(**padded(), **GREEDY, seed=1))
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_texts_end_where_stopping_criteria_say(both, hf_tokenizer):
+    """At a length that a criterion of the user's own gives, and behind a string: each a beginning of the text without them."""
+    model, ids = both[2], torch.tensor(PROMPTS[:1])
+    settings = {"max_new_tokens": 12, "do_sample": False, "num_iterations": 2, "seed": 3, "eos_token_id": None}
+    whole = model.generate(ids, **settings)[0]
+
+    class AtLength(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= ids.shape[1] + 4)
+
+    assert torch.equal(model.generate(ids, **settings, stopping_criteria=[AtLength()])[0], whole[: ids.shape[1] + 4])
+    texts = [hf_tokenizer.decode(whole[ids.shape[1] : ids.shape[1] + count]) for count in range(1, 13)]
+    end = next(text[-1] for text in texts if text[-1:].strip())
+    first = next(count for count, text in enumerate(texts, start=1) if end in text)
+    ended = model.generate(ids, **settings, stop_strings=[end], tokenizer=hf_tokenizer)[0]
+    assert torch.equal(ended, whole[: ids.shape[1] + first])
 
 
 def test_the_tokenizer_gives_the_ids_and_the_text_of_ours(hf_tokenizer, tokenizer):
@@ -304,6 +384,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path)
         "token 800 is outside the vocabulary of 800": lambda: model(torch.tensor([[800]])),
         "token -1 is outside": lambda: model.generate(torch.tensor([[5, -1]]), **GREEDY),
         "with at least one token": lambda: model(ids[:, :0]),
+        "must be whole numbers, and they are torch.float32": lambda: model(ids.float()),
         "num_iterations must be at least 1": lambda: model.generate(ids, max_new_tokens=1, num_iterations=0),
         "scores a text in one pass": lambda: model(ids, num_iterations=2),
         "solver is a setting of generation": lambda: model(ids, solver="euler"),
@@ -340,12 +421,20 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path)
         del tensors["final_norm.weight"]
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
+    def pickled(folder):
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    def described(**changes):
+        return lambda folder: settings(folder, model=asdict(denoiser[0].config) | changes)
+
     weights = "model.safetensors"
     for words, load_it, change in (
         ("are not those of its config.json, beginning with .*final_norm", load, without_a_weight),
         ("are not whole", load, lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-500])),
-        ("heads must be at least 1", AutoConfig.from_pretrained,
-         lambda folder: settings(folder, model=asdict(denoiser[0].config) | {"heads": 0})),
+        ("are not whole", load, pickled),
+        ("are not of the shapes", load, described(mlp_width=64)),
+        ("heads must be at least 1", AutoConfig.from_pretrained, described(heads=0)),
         ("unknown setting wings", AutoConfig.from_pretrained, lambda folder: settings(folder, model={"wings": 2, "vocab_size": 8})),
         ("its format is 2", AutoConfig.from_pretrained, lambda folder: settings(folder, format=2)),
         ("is not a SentencePiece model", AutoTokenizer.from_pretrained, lambda folder: (folder / "tokenizer.model").write_text("no")),

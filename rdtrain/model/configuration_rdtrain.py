@@ -4,8 +4,9 @@
 chain_cache.py and tokenization_rdtrain.py are the only ones here that need transformers; nothing else imports them.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
+import torch
 import transformers
 
 if transformers.__version__.split(".")[0] != "5":
@@ -13,6 +14,7 @@ if transformers.__version__.split(".")[0] != "5":
 
 from transformers import PretrainedConfig
 
+from .description import FORMAT, check_format, checked_dtype, checked_model, checked_noise, first_line
 from .noise import NoiseSchedule
 from .recurrent import ModelConfig
 
@@ -30,22 +32,16 @@ class RecurrentDepthConfig(PretrainedConfig):
 
     def __init__(self, model: dict | None = None, noise: dict | None = None, information_curve: list[float] | None = None, **others):
         """ValueError, in one sentence, for values that make no model, or those of another version of this code."""
-        model = {"vocab_size": 1} if model is None else model
         try:
-            unknown = set(model) - {field.name for field in fields(ModelConfig)}
-            if unknown:
-                raise ValueError(f"unknown setting {sorted(unknown)[0]} of the model")
-            if others.get("format", 1) != 1:
-                raise ValueError(f"its format is {others['format']}, and this code reads 1")
-            self.model = asdict(ModelConfig(**model))
-            if self.model["noise_conditioning"] and not noise:
-                raise ValueError("it has no noise levels")
-            self.noise, self.information_curve = noise or {}, information_curve
-            schedule = self.noise_schedule()
-            if self.model["noise_conditioning"]:
-                schedule.levels(self.model["iterations"])
+            check_format(others.get("format", FORMAT))
+            dtype = others.get("dtype")
+            if dtype is not None and not isinstance(dtype, torch.dtype):
+                checked_dtype(dtype)
+            described = checked_model({"vocab_size": 1} if model is None else model)
+            checked_noise(noise, information_curve, described)
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"config.json does not describe a model of this code ({error}): export it again") from None
+            raise ValueError(f"config.json does not describe a model of this code ({first_line(error)}): export it again") from None
+        self.model, self.noise, self.information_curve = asdict(described), noise or {}, information_curve
         # Sizes by the names that transformers knows are read from `model`, and not stored a second time.
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
             others.pop(name, None)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .decoding import Decoder
+from .description import check_format, checked_dtype, checked_model, checked_noise, first_line
 from .noise import NoiseSchedule
-from .recurrent import ModelConfig, RecurrentDepthLM
+from .recurrent import RecurrentDepthLM
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import read_weights
@@ -54,15 +55,15 @@ class TextGenerator:
             raise ValueError(f"there is no device {device} here: choose cpu, or leave the choice to the program") from None
         try:
             config = json.loads((folder / "config.json").read_text())
-            model = RecurrentDepthLM(ModelConfig(**config["model"]))
+            check_format(config["format"])
+            shape, dtype = checked_model(config["model"]), checked_dtype(config["dtype"])
+            noise, tokenizer_hash = checked_noise(config["noise"], config["information_curve"], shape), config["tokenizer_hash"]
+            model = RecurrentDepthLM(shape)
             model.load_state_dict(read_weights(folder))
-            noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
-            dtype = getattr(torch, config["dtype"])
-        except (OSError, KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{folder} is not a whole exported model ({reason}): export it again") from None
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} is not a whole exported model ({first_line(error)}): export it again") from None
         tokenizer = Tokenizer(folder)
-        if tokenizer.hash != config["tokenizer_hash"]:
+        if tokenizer.hash != tokenizer_hash:
             raise ValueError(f"the tokenizer in {folder} is not the one that the model was trained with: export it again")
         return cls(model.to(device, dtype).requires_grad_(False), noise, tokenizer)
 

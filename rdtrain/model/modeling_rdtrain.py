@@ -27,6 +27,7 @@ from .cache import CachePlace
 from .chain_cache import RecurrentDepthCache
 from .configuration_rdtrain import RecurrentDepthConfig
 from .denoiser import denoise_state
+from .description import first_line
 from .recurrent import RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import euler_step
@@ -92,13 +93,23 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *arguments, output_loading_info: bool = False, **settings):
-        """As transformers has it. ValueError, in one sentence, for weights that are not whole, or not all of this model's."""
+        """As transformers has it, but that weights are read from safetensors alone: other files would be unpickled.
+
+        ValueError, in one sentence, for weights that are not whole, or not all of this model's.
+        """
         try:
             model, found = super().from_pretrained(
-                pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings
+                pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings | {"use_safetensors": True}
             )
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"the weights in {pretrained_model_name_or_path} are not whole ({error}): export the model again") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} are not whole ({first_line(error)}): export the model again"
+            ) from None
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} are not of the shapes that its config.json gives: export the "
+                             "model again") from None
         wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
         if wrong:
             raise ValueError(f"the weights in {pretrained_model_name_or_path} are not those of its config.json, beginning with {wrong[0]}: "
@@ -177,6 +188,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _check_ids(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.shape[1] < 1:
             raise ValueError(f"input_ids must be [batch, tokens] with at least one token, and they are {list(ids.shape)}: begin with bos")
+        if ids.is_floating_point():
+            raise ValueError(f"input_ids must be whole numbers, and they are {ids.dtype}: encode with the model's own tokenizer")
         if torch.compiler.is_compiling() or ids.shape[1] == 1 and ids.is_cuda:  # a token that was just generated: asking would wait
             return
         low, high = ids.min().item(), ids.max().item()
@@ -317,6 +330,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         logits = model.readout(hidden, conditioning, None, evidence)
         estimate = model.expected_embedding(logits)
         return RecurrentDepthStep(state=euler_step(state, estimate, *levels[iteration : iteration + 2]), logits=logits, estimate=estimate)
+
+    def prepare_inputs_for_generation(self, *arguments, tokenizer=None, **kwargs) -> dict:  # transformers looks for the name `kwargs`
+        """As transformers has it, without the tokenizer that `generate` is given to end texts at strings, and hands on."""
+        return super().prepare_inputs_for_generation(*arguments, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int,
                                       max_cache_length: int) -> None:

@@ -1,0 +1,76 @@
+"""What config.json says of an exported model, checked: every value is one that this code can run, or the folder is refused."""
+
+import math
+from dataclasses import fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from .noise import NoiseSchedule, NoiseSettings
+from .recurrent import ModelConfig
+
+FORMAT = 1
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def checked_model(values: Any) -> ModelConfig:
+    """The model of a `model` section. ValueError, in one sentence, for anything that makes none."""
+    return ModelConfig(**_checked(ModelConfig, values, "model"))
+
+
+def checked_noise(values: Any, curve: Any, model: ModelConfig) -> NoiseSchedule:
+    """The noise levels of a `noise` section and an `information_curve`, which a model that is not a denoiser may lack.
+
+    ValueError, in one sentence, for values that give none.
+    """
+    if model.noise_conditioning and not values:
+        raise ValueError("it has no noise levels")
+    if curve is not None and not (isinstance(curve, list) and all(type(one) in (int, float) and math.isfinite(one) for one in curve)):
+        raise ValueError("information_curve must be a list of finite numbers")
+    schedule = NoiseSchedule.from_plain(_checked(NoiseSettings, values or {}, "noise"), curve)
+    if model.noise_conditioning:
+        schedule.levels(model.iterations)
+    return schedule
+
+
+def checked_dtype(name: Any) -> torch.dtype:
+    """The dtype of weights. ValueError for a name that is none of DTYPES."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, and it is {name!r}")
+    return getattr(torch, name)
+
+
+def check_format(number: Any) -> None:
+    """ValueError for a folder that another version of this code has written."""
+    if type(number) is not int or number != FORMAT:
+        raise ValueError(f"its format is {number!r}, and this code reads {FORMAT}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _checked(kind: type, values: Any, section: str) -> dict:
+    """Values by name, of the types that a dataclass gives its fields; whole numbers may stand for others."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{section} must be settings by name, and it is {values!r}")
+    types = {one.name: one.type for one in fields(kind)}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"unknown setting {name} of the {section}")
+        if not _fits(value, types[name]):
+            raise ValueError(f"{section}.{name} cannot be {value!r}")
+    return values
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    kinds = get_args(kind) or (kind,)
+    if float in kinds and type(value) in (int, float):
+        return abs(value) < 1e300 and math.isfinite(value)
+    if type(value) is int and int in kinds:
+        return abs(value) < 2**31  # beyond which no tensor has room, and torch says so in other words at each place
+    return type(value) in kinds and type(value) is not float or value is None and NoneType in kinds
