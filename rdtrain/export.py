@@ -27,6 +27,7 @@ from .checkpoint import load_weights, read_state, refuse_damaged
 from .checkpoint_storage import checkpoint_folder, checkpoint_steps
 from .data.output import output_folder
 from .errors import UserError
+from .metrics import read_metrics
 from .model import generation, recurrent
 from .model.noise import NoiseSchedule
 from .model.tokenizer import Tokenizer, tokenizer_file
@@ -52,7 +53,7 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
     config = exported_config(state)
     with output_folder(output, "config.json", overwrite) as folder:
         write_folder(folder, config, model, tokenizer_file(source), shard_bytes)
-        (folder / "README.md").write_text(_model_card(config, state, tokenizer_file(folder)))
+        (folder / "README.md").write_text(_model_card(config, state, tokenizer_file(folder), _held_out(source, state["step"])))
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
         _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
@@ -189,7 +190,30 @@ def load_exported(folder: Path):
     return importlib.import_module(f"{name}.generation")
 
 
-def _model_card(config: dict, state: dict, tokenizer: Path) -> str:
+def _held_out(source: Path, step: int) -> tuple[int, float] | None:
+    """(step, held-out NLL in nats a token) of a run's last evaluation up to a step; None where the checkpoint lies in no run's folder."""
+    metrics = source.parent.parent / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.exists() else []
+    found = [(one["step"], one["validation_nll"]) for one in records if one.get("validation_nll") is not None and one["step"] <= step]
+    return found[-1] if found else None
+
+
+def _training_facts(config: dict, state: dict, held_out: tuple[int, float] | None) -> str:
+    """Rows of a table: what it was trained on, how, with what, and how far it came."""
+    run, tokens = state["config"], config["trained_tokens"]
+    facts = {
+        "steps": f"{config['trained_steps']:,} of {state['total_steps']:,}",
+        "tokens": f"{tokens:,}, in {run['batch']['global_sequences']:,} sequences of {run['data']['sequence_length']:,} a step",
+        "training FLOPs": f"{tokens * state['training_flops_per_token']:.3g}",
+        "held-out NLL": "" if held_out is None else f"{held_out[1]:.4f} nats a token, at step {held_out[0]:,}",
+        "learning rate": f"{run['optimizer']['learning_rate']:g} at its peak, warmup, {run['schedule']['decay']} decay",
+        "engine": f"{run['engine']['name']}, {state['ranks']} x {state['machine']}, {config['dtype']}",
+        "software": f"rdtrain {state['versions']['rdtrain']}, commit {state['commit'] or 'unknown'}, torch {state['versions']['torch']}",
+    }
+    return "\n".join(f"| {name} | {fact} |" for name, fact in facts.items() if fact)
+
+
+def _model_card(config: dict, state: dict, tokenizer: Path, held_out: tuple[int, float] | None) -> str:
     library = "tokenizers" if tokenizer.suffix == ".json" else "sentencepiece"
     model, objective = config["model"], config["objective"]
     if objective["name"] == "diffusion_blocks":
@@ -210,7 +234,9 @@ A recurrent-depth language model made with rdtrain: {model['prelude_layers']} pr
 {model['coda_layers']} coda layers of width {model['width']}, {state['parameters']:,} parameters, vocabulary {model['vocab_size']:,};
 the core runs K = {model['iterations']} times a token{untied}. {trained}
 
-Trained for {config['trained_steps']:,} steps, {config['trained_tokens']:,} tokens, in {config['dtype']}.
+| training | |
+| --- | --- |
+{_training_facts(config, state, held_out)}
 
     python FOLDER --prompt "Once" --max-new-tokens 100 --iterations {model['iterations']}
 

@@ -13,6 +13,7 @@ import torch
 from rdtrain import export as export_module
 from rdtrain.checkpoint import load_weights
 from rdtrain.config import load_config
+from rdtrain.metrics import read_metrics
 from rdtrain.model.information import InformationCurve
 from rdtrain.model.noise import NoiseSchedule
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
@@ -70,6 +71,13 @@ def test_the_folder_holds_the_packages_own_files_and_the_training_models_logits(
     ids = torch.randint(800, (3, 20))
     ours, exported_logits = (objective.next_token_logits(one, ids, SampleRandom(0, range(3), ids.device)) for one in (model, theirs))
     assert torch.equal(ours, exported_logits)
+    card, last = (exported / "README.md").read_text(), read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    facts = (
+        f"| held-out NLL | {last['validation_nll']:.4f} nats a token, at step 8 |", "| steps | 8 of 8 |",
+        "| tokens | 1,024, in 8 sequences of 16 a step |",
+        f"| training FLOPs | {last['training_flops']:.3g} |", "| learning rate | 0.01 at its peak", "| engine | torch, 1 x ",
+    )
+    assert all(fact in card for fact in facts), card
 
 
 def test_it_generates_text_where_rdtrain_cannot_be_imported(exported):
