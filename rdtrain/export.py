@@ -191,10 +191,13 @@ def load_exported(folder: Path):
 
 
 def _held_out(source: Path, step: int) -> tuple[int, float] | None:
-    """(step, held-out NLL in nats a token) of a run's last evaluation up to a step; None where the checkpoint lies in no run's folder."""
+    """(step, held-out NLL in nats a token) of a run's last evaluation up to a step, but for that before training.
+
+    None where there is none, or the checkpoint lies in no run's folder.
+    """
     metrics = source.parent.parent / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []
-    found = [(one["step"], one["validation_nll"]) for one in records if one.get("validation_nll") is not None and one["step"] <= step]
+    found = [(one["step"], one["validation_nll"]) for one in records if one.get("validation_nll") is not None and 0 < one["step"] <= step]
     return found[-1] if found else None
 
 
