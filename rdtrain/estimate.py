@@ -45,10 +45,12 @@ class Shares:
     whole: all of the model's.
     part: this rank's share, as the engine cuts and pads it.
     largest_part: of the optimizer's group that is largest.
+    summed: BF16 ZeRO-1: of the groups that are reduced in one message, where these are most. It cuts messages between groups alone.
     active: all but those of blocks that a step leaves idle.
     active_part: this rank's share of them, where the engine cuts each parameter.
     persistent: those that ZeRO-3 leaves whole once it has gathered them.
     core: of the cores.
+    coda: of the coda's layers, whose gradients come first.
     largest: of the largest parameter.
     root: FSDP: what stays gathered from the start of a pass to its end.
     layers: FSDP: what is gathered for each layer, and again for its backward pass; of the active block alone.
@@ -58,10 +60,12 @@ class Shares:
     whole: int
     part: int
     largest_part: int
+    summed: int
     active: int
     active_part: int
     persistent: int
     core: int
+    coda: int
     largest: int
     root: int
     layers: int
@@ -92,14 +96,20 @@ class Shares:
         sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         idle_layers = sum(size for layer, size in zip(layers, sizes) if id(next(layer.parameters())) in idle)
         whole = sum(parameter.numel() for parameter in everything)
+        messages = [0]
+        for group in groups:
+            messages[-1] += sum(parameter.numel() for parameter in group)
+            messages += [0] * (messages[-1] > BUCKET)
         return cls(
             whole=whole,
             part=sum(parts),
             largest_part=max(parts),
+            summed=max(messages),
             active=sum(parameter.numel() for parameter in everything if id(parameter) not in idle),
             active_part=sum(share(parameter) for parameter in everything if id(parameter) not in idle),
             persistent=sum(parameter.numel() for parameter in everything if parameter.numel() <= PERSISTENT),
             core=sum(parameter.numel() for parameter in model.cores.parameters()),
+            coda=sum(parameter.numel() for parameter in model.coda_layers.parameters()),
             largest=max(parameter.numel() for parameter in everything),
             root=whole - sum(sizes),
             layers=sum(sizes) - idle_layers,
@@ -120,7 +130,9 @@ class Memory:
     loss: an estimate of what is there besides while the loss is taken, logits above all.
     embedding_gradients: two of the tied embedding's, as input and as head, which a backward pass adds last.
     standing: of the gradients, what is allocated before there are any.
-    messages_come: when messages do: `standing` are always there, `early` ones come with the first gradient and `late` ones with the last.
+    at_first_message: ZeRO-2: what passes, gradients and messages take when the first message is full and the sums are allocated.
+    messages_come: when messages do: `standing` are always there, `early` ones come with the first gradient, `late` ones with the last, and
+        `after` ones once gradients are added up.
     """
 
     weights: int = 0
@@ -135,12 +147,13 @@ class Memory:
     host_gradients: int = 0
     host_optimizer_state: int = 0
     standing: int = 0
-    messages_come: Literal["standing", "early", "late"] = "late"
+    at_first_message: int = 0
+    messages_come: Literal["standing", "early", "late", "after"] = "late"
 
     @property
     def kinds(self) -> dict[str, int]:
         """Each kind by its name; `standing` is among the gradients."""
-        return {name: value for name, value in vars(self).items() if name not in ("standing", "messages_come")}
+        return {name: value for name, value in vars(self).items() if name not in ("standing", "at_first_message", "messages_come")}
 
     @property
     def passes(self) -> int:
@@ -153,8 +166,9 @@ class Memory:
         finds nearly all activations, and nothing of the loss any more."""
         standing, early = (self.messages if self.messages_come == when else 0 for when in ("standing", "early"))
         in_passes = self.activations + self.gathered + max(self.loss, early) + (self.gradients if accumulation > 1 else self.standing)
-        at_end = self.gradients + self.embedding_gradients + self.messages
-        return self.weights + self.optimizer_state + max(in_passes + standing, at_end)
+        last = max if self.messages_come == "after" else int.__add__
+        at_end = self.gradients + last(self.embedding_gradients, self.messages)
+        return self.weights + self.optimizer_state + max(in_passes + standing, at_end, self.at_first_message)
 
     @property
     def host_bytes(self) -> int:
@@ -206,8 +220,8 @@ def engine_memory(shares: Shares, config: Config, number: int, accumulation: int
         )
     standing, come = 0, "early"
     if stage == 1 and number == BF16:  # a whole fp32 sum, which is never freed, and to which each micro-batch's bf16 gradient is added
-        standing, come = FP32 * whole, "late"
-        gradients, messages = standing + BF16 * shares.active, BF16 * min(BUCKET, whole)
+        standing, come = FP32 * whole, "after"  # a message is put together in fp32, and copied in bf16
+        gradients, messages = standing + BF16 * shares.active, (FP32 + BF16) * shares.summed
     elif stage == 1:  # whole until the last micro-batch; the optimizer's step copies this rank's part
         gradients, messages = FP32 * max(shares.active, 2 * part), FP32 * BUCKET
     elif stage == 2:
@@ -275,7 +289,12 @@ def rank_memory(shares: Shares, model: ModelConfig, config: Config, objective: O
     if config.engine.cuda_graph:
         memory.gradients += passes.stored * shares.active
         memory.standing += passes.stored * shares.active
-    memory.embedding_gradients = 2 * FP32 * model.vocab_size * model.width
+    memory.embedding_gradients = 2 * passes.stored * model.vocab_size * model.width
+    engine = config.engine
+    if engine.name == "deepspeed" and engine.zero_stage == 2 and passes.number == BF16 and not engine.offload_optimizer:
+        # The core of an unrolled model has its gradient when all iterations have theirs, and activations are gone by then.
+        left = float(shares.coda > BUCKET) if objective.repeats_core else max(0.0, 1 - BUCKET / shares.active)
+        memory.at_first_message = round(left * memory.activations) + memory.gradients + memory.messages
     return memory
 
 
