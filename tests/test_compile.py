@@ -62,12 +62,6 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_its_warm_up_leaves_no_
         assert states[True]["information_curve"] == states[False]["information_curve"]
 
 
-def test_compile_is_refused_for_zero_3(tiny_config, rdtrain, refused, tmp_path):
-    result = rdtrain("train", "--config", tiny_config(engine={"name": "deepspeed", "zero_stage": 3}), "engine.compile=true")
-    refused(result, "compile cannot go with zero_stage=3", "use zero_stage 0 to 2, or name=fsdp, or leave compile off")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_machine_without_a_compiler_is_refused_in_one_sentence(tiny_config, rdtrain, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

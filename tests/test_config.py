@@ -50,6 +50,7 @@ def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
         ("optimizer: {learning_rate: fast}", ["'optimizer.learning_rate'", "number", "'fast'"]),
         ("engine: {zero_stage: 4}", ["'engine.zero_stage'", "0, 1, 2 or 3", "4"]),
         ("engine: {name: horovod}", ["'engine.name'", "'deepspeed', 'fsdp', 'block_parallel' or 'torch'"]),
+        ("engine: {zero_stage: 3, compile: true}", ["'engine'", "compile cannot go with zero_stage=3", "name=fsdp, or leave compile off"]),
         ("engine: {name: fsdp, compile: true, cuda_graph: true}", ["'engine'", "cuda_graph captures what compile makes"]),
         ("engine: {cuda_graph: true}", ["'engine'", "cuda_graph captures what compile makes", "set compile=true"]),
         ("engine: {name: fsdp, offload_optimizer: true}", ["'engine'", "offload_optimizer works with name=deepspeed"]),

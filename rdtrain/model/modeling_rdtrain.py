@@ -33,6 +33,10 @@ from .sampling import Sampling
 from .solvers import euler_step
 from .text_random import STATE, PositionRandom, TextRandom, row_seeds
 
+# Drawn outside of compiled code: a C++ compiler takes whole numbers never to overflow, as these do, and so computes others (torch 2.13).
+# Here, and not where they are defined, as torch's own compiler takes time to load and nothing else compiles them.
+PositionRandom._halves = torch.compiler.disable(PositionRandom._halves)
+
 
 @dataclass
 class RecurrentDepthOutput(ModelOutput):

@@ -69,8 +69,6 @@ class PositionRandom:
         """Of some rows [R] alone."""
         return PositionRandom(self._starts[rows])
 
-    # Inductor (torch 2.13) computes other numbers here where seeds and positions are constants of its graph.
-    @torch.compiler.disable
     def _halves(self, purpose: int, count: int) -> tuple[Tensor, Tensor]:
         words = output(
             output(self._starts, purpose).unsqueeze(-1), torch.arange((count + 1) // 2, device=self._starts.device)
