@@ -24,8 +24,8 @@ WARM_UP = 3
 class CapturedPass:
     """A training pass, captured at its first call with gradient; from then on a call copies its tensors in and replays it.
 
-    Parameters must stay where they are in memory. The pass may do nothing that depends on anything but its tensors, which have the
-    same shapes in every call. Gradients of the parameters are the only ones.
+    The pass may do nothing that depends on anything but its tensors, which have the same shapes in every call, and parameters, which stay
+    where they are in memory: RuntimeError where they do not. Gradients of the parameters are the only ones.
     """
 
     def __init__(self, training_pass: TrainingPass):
@@ -41,11 +41,14 @@ class CapturedPass:
             if kept.shape != tensor.shape:
                 raise RuntimeError(f"a captured pass takes tensors of shape {tuple(kept.shape)}, and one has {tuple(tensor.shape)}")
             kept.copy_(tensor)
+        if [parameter.data_ptr() for parameter in self.parameters] != self._places:
+            raise RuntimeError("a parameter has moved in memory since its pass was captured")
         return Replay.apply(self, *self.parameters)
 
     def _capture(self, model: RecurrentDepthLM, tensors: tuple[Tensor, ...]) -> None:
         self._inputs = tuple(tensor.clone() for tensor in tensors)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._places = [parameter.data_ptr() for parameter in self.parameters]
         # Replays read the table of rotary angles, which a longer sequence would replace: this view keeps it.
         self._angles = model.rotary(0, tensors[0].shape[1] - 1, tensors[0].device)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
