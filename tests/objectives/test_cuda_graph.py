@@ -1,4 +1,4 @@
-"""Passes in CUDA graphs, as far as a CPU goes: what stands for a graph here runs the pass anew, into the tensors that a graph would write to.
+"""Passes in CUDA graphs, as far as a CPU goes: what stands for a graph here runs the pass anew, into the tensors a graph would write to.
 
 tests/test_gpu.py holds real ones to plain passes.
 """
