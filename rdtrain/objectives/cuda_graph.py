@@ -69,6 +69,7 @@ class CapturedPass:
             with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
                 self.gradients = self._differentiate(value)
         self.value, self.losses = value.detach(), losses
+        torch.cuda.reset_peak_memory_stats(tensors[0].device)  # what was allocated for the capture is `captured_bytes` from here on
 
     def _differentiate(self, value: Tensor) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(value, self.parameters, self.seed, allow_unused=True)
