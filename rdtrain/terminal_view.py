@@ -6,6 +6,7 @@ metrics.jsonl since the last look is read, and all of it again when the file has
 """
 
 import fcntl
+import io
 import json
 import math
 import statistics
@@ -20,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .data.output import write_atomically
 from .errors import UserError
 from .hardware import model_flops_utilization
 from .tables import bytes_text
@@ -122,13 +124,16 @@ class WatchedRun:
         return None if seconds is None else seconds * (self.facts["total_steps"] - self.step)
 
 
-def watch_runs(folders: list[Path], interval: float, once: bool) -> None:
+def watch_runs(folders: list[Path], interval: float, once: bool, picture: Path | None = None) -> None:
     """Show runs until they have all ended or Ctrl-C, every `interval` seconds; with `once`, or where standard output is no terminal, one
-    time. UserError where a folder is not that of a run."""
+    time. picture: an SVG file of what is seen at the start, written beside. UserError where a folder is not that of a run, or the file
+    cannot be written."""
     runs = [WatchedRun(folder) for folder in folders]
     console = Console()
     for run in runs:
         run.look()
+    if picture is not None:
+        _write_picture(runs, picture)
     if once or not console.is_terminal:
         console.print(view(runs))
         return
@@ -141,6 +146,17 @@ def watch_runs(folders: list[Path], interval: float, once: bool) -> None:
                 live.update(view(runs), refresh=True)
         except KeyboardInterrupt:
             pass
+
+
+def _write_picture(runs: list[WatchedRun], path: Path) -> None:
+    """The view in a terminal wide enough for it, as SVG."""
+    console = Console(width=120 if len(runs) == 1 else 160, file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
+    console.print(view(runs))
+    words = ["rdtrain watch", *(str(run.folder) for run in runs)]
+    try:
+        write_atomically(path, console.export_svg(title=" ".join(words)))
+    except OSError as error:
+        raise UserError(f"the picture {path} cannot be written ({error.strerror}): choose another --svg") from None
 
 
 def view(runs: list[WatchedRun]) -> RenderableType:
