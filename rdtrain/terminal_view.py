@@ -46,7 +46,9 @@ class WatchedRun:
         try:
             self.facts = json.loads((self.folder / "run.json").read_text())
         except (OSError, ValueError):
-            raise UserError(f"{self.folder} is not the folder of a run that has started (no run.json): give a run.folder") from None
+            raise UserError(
+                f"{self.folder} is not the folder of a run that has started (no run.json): give a run.folder, or wait while it compiles"
+            ) from None
         self.running = _locked(self.folder / ".lock")
         path = self.folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
