@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -219,18 +220,23 @@ def _numbers(run: WatchedRun) -> list[tuple[str, ...]]:
 
 
 def _overview(runs: list[WatchedRun]) -> RenderableType:
-    table = Table()
-    left, right = ("run", "state"), ("step", "loss", "held-out NLL", "tokens/s", "MFU", "peak memory", "skipped", "left")
-    for name in (*left, *right):
-        table.add_column(name, justify="left" if name in left else "right")
-    table.add_column("held-out NLL so far")
-    for run in runs:
-        table.add_row(
-            run.facts["name"], run.state, f"{run.step:,}/{run.facts['total_steps']:,}", _number(run.recent("loss")),
-            _number(run.last("validation_nll")), _number(run.recent("tokens_per_second")), "-" if run.mfu is None else f"{run.mfu:.1%}",
-            bytes_text(run.last("peak_memory_bytes") or 0), _number(run.last("skipped_steps")),
-            _left(run) if run.state == "running" else "", bars([value for _, value in run.values("validation_nll")], 20),
-        )
+    """A row for each run; what none of them has is left out, so that 80 characters are enough for most."""
+    rows = [
+        {
+            "run": run.facts["name"], "state": run.state, "step": f"{run.step:,}/{run.facts['total_steps']:,}",
+            "loss": _number(run.recent("loss")), "held-out\nNLL": _number(run.last("validation_nll")),
+            "tokens/s": _number(run.recent("tokens_per_second")), "MFU": "-" if run.mfu is None else f"{run.mfu:.1%}",
+            "peak\nmemory": bytes_text(run.last("peak_memory_bytes") or 0), "skipped": _number(run.last("skipped_steps")),
+            "": _left(run) if run.state == "running" else "", "NLL so far": bars([nll for _, nll in run.values("validation_nll")], 10),
+        }
+        for run in runs
+    ]
+    table = Table(box=box.SIMPLE, padding=0, show_edge=False)
+    shown = [name for name in rows[0] if any(row[name] not in ("", "-") for row in rows)]
+    for name in shown:
+        table.add_column(name, justify="left" if name in ("run", "state", "NLL so far") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
     return table
 
 
