@@ -216,6 +216,7 @@ def _add_watch(verbs) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
     parser.add_argument("--once", action="store_true", help="show them as they are now and stop, as where the output is no terminal")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="also write what is shown first as a picture")
 
 
 def _watch(arguments) -> None:
@@ -223,7 +224,7 @@ def _watch(arguments) -> None:
 
     if arguments.interval <= 0:
         raise UserError(f"--interval must be positive, and it is {arguments.interval}: give seconds")
-    watch_runs(arguments.runs, arguments.interval, arguments.once)
+    watch_runs(arguments.runs, arguments.interval, arguments.once, arguments.svg)
 
 
 def _add_bench(verbs) -> None:

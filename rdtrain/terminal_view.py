@@ -6,6 +6,7 @@ metrics.jsonl since the last look is read, and all of it again when the file has
 """
 
 import fcntl
+import io
 import json
 import math
 import statistics
@@ -13,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -20,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .data.output import write_atomically
 from .errors import UserError
 from .hardware import model_flops_utilization
 from .tables import bytes_text
@@ -44,7 +47,9 @@ class WatchedRun:
         try:
             self.facts = json.loads((self.folder / "run.json").read_text())
         except (OSError, ValueError):
-            raise UserError(f"{self.folder} is not the folder of a run that has started (no run.json): give a run.folder") from None
+            raise UserError(
+                f"{self.folder} is not the folder of a run that has started (no run.json): give a run.folder, or wait while it compiles"
+            ) from None
         self.running = _locked(self.folder / ".lock")
         path = self.folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
@@ -122,13 +127,16 @@ class WatchedRun:
         return None if seconds is None else seconds * (self.facts["total_steps"] - self.step)
 
 
-def watch_runs(folders: list[Path], interval: float, once: bool) -> None:
+def watch_runs(folders: list[Path], interval: float, once: bool, picture: Path | None = None) -> None:
     """Show runs until they have all ended or Ctrl-C, every `interval` seconds; with `once`, or where standard output is no terminal, one
-    time. UserError where a folder is not that of a run."""
+    time. picture: an SVG file of what is seen at the start, written beside. UserError where a folder is not that of a run, or the file
+    cannot be written."""
     runs = [WatchedRun(folder) for folder in folders]
     console = Console()
     for run in runs:
         run.look()
+    if picture is not None:
+        _write_picture(runs, picture)
     if once or not console.is_terminal:
         console.print(view(runs))
         return
@@ -141,6 +149,17 @@ def watch_runs(folders: list[Path], interval: float, once: bool) -> None:
                 live.update(view(runs), refresh=True)
         except KeyboardInterrupt:
             pass
+
+
+def _write_picture(runs: list[WatchedRun], path: Path) -> None:
+    """The view in a terminal wide enough for it, as SVG."""
+    console = Console(width=120 if len(runs) == 1 else 160, file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
+    console.print(view(runs))
+    words = ["rdtrain watch", *(str(run.folder) for run in runs)]
+    try:
+        write_atomically(path, console.export_svg(title=" ".join(words)))
+    except OSError as error:
+        raise UserError(f"the picture {path} cannot be written ({error.strerror}): choose another --svg") from None
 
 
 def view(runs: list[WatchedRun]) -> RenderableType:
@@ -201,18 +220,23 @@ def _numbers(run: WatchedRun) -> list[tuple[str, ...]]:
 
 
 def _overview(runs: list[WatchedRun]) -> RenderableType:
-    table = Table()
-    left, right = ("run", "state"), ("step", "loss", "held-out NLL", "tokens/s", "MFU", "peak memory", "skipped", "left")
-    for name in (*left, *right):
-        table.add_column(name, justify="left" if name in left else "right")
-    table.add_column("held-out NLL so far")
-    for run in runs:
-        table.add_row(
-            run.facts["name"], run.state, f"{run.step:,}/{run.facts['total_steps']:,}", _number(run.recent("loss")),
-            _number(run.last("validation_nll")), _number(run.recent("tokens_per_second")), "-" if run.mfu is None else f"{run.mfu:.1%}",
-            bytes_text(run.last("peak_memory_bytes") or 0), _number(run.last("skipped_steps")),
-            _left(run) if run.state == "running" else "", bars([value for _, value in run.values("validation_nll")], 20),
-        )
+    """A row for each run; what none of them has is left out, so that 80 characters are enough for most."""
+    rows = [
+        {
+            "run": run.facts["name"], "state": run.state, "step": f"{run.step:,}/{run.facts['total_steps']:,}",
+            "loss": _number(run.recent("loss")), "held-out\nNLL": _number(run.last("validation_nll")),
+            "tokens/s": _number(run.recent("tokens_per_second")), "MFU": "-" if run.mfu is None else f"{run.mfu:.1%}",
+            "peak\nmemory": bytes_text(run.last("peak_memory_bytes") or 0), "skipped": _number(run.last("skipped_steps")),
+            "": _left(run) if run.state == "running" else "", "NLL so far": bars([nll for _, nll in run.values("validation_nll")], 10),
+        }
+        for run in runs
+    ]
+    table = Table(box=box.SIMPLE, padding=0, show_edge=False)
+    shown = [name for name in rows[0] if any(row[name] not in ("", "-") for row in rows)]
+    for name in shown:
+        table.add_column(name, justify="left" if name in ("run", "state", "NLL so far") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
     return table
 
 

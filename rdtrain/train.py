@@ -349,6 +349,7 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                 gradient_norm = engine.gradient_norm()
                 steps = step - logged_step
                 step_seconds, waited_seconds = (seconds - logged_seconds) / steps, waited / steps
+                pass_seconds = engine.measurement.pass_seconds()
                 logged_step, logged_seconds, waited = step, seconds, 0.0
                 record = {
                     "step": step,
@@ -363,9 +364,10 @@ def _train_steps(config: Config, plan: Plan, engine: Engine, world: World, watch
                     "skipped_steps": judge.total,
                     "step_seconds": step_seconds,
                     "data_wait_seconds": world.maximum(waited_seconds),
+                    "forward_seconds": None if pass_seconds is None else world.maximum(pass_seconds),
                     "tokens_per_second": plan.tokens_per_step / step_seconds,
                     "mfu": model_flops_utilization(plan.flops_per_step / step_seconds, facts),
-                    **slowest_rank(None if config.engine.gathers_weights else engine.measurement.pass_seconds(), waited_seconds, world),
+                    **slowest_rank(None if config.engine.gathers_weights else pass_seconds, waited_seconds, world),
                     "peak_memory_bytes": int(world.maximum(memory.bytes())),
                 }
                 engine.measurement.end()

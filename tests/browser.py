@@ -1,7 +1,7 @@
 """A page as headless Chromium sees it, over the DevTools protocol (https://chromedevtools.github.io/devtools-protocol).
 
 Chromium reads the protocol from file descriptor 3 and answers on 4 (`--remote-debugging-pipe`), a JSON object before each NUL byte, so
-that no package is needed.
+that no package is needed. `python tests/browser.py PAGE.html 1000 PICTURE.png` takes a picture of a page, so many pixels wide.
 """
 
 import base64
@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -126,3 +127,10 @@ def browser(program: str) -> Iterator[Page]:
                 process.kill()
                 process.wait()
             os.close(from_browser)
+
+
+if __name__ == "__main__":
+    program = chromium() or sys.exit("no Chromium is found here: install it, or give its path in CHROMIUM")
+    with browser(program) as tab:
+        tab.open(Path(sys.argv[1]), int(sys.argv[2]))
+        tab.screenshot().save(sys.argv[3])

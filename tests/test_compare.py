@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -29,14 +30,32 @@ def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
         assert arm["training_flops"] == pytest.approx(arm["tokens"] * arm["training_flops_per_token"])
         assert len(arm["curve"]) == 3 and arm["curve"][-1] == [last["training_flops"], last["seconds"], last["validation_nll"]]
     assert "| objective | diffusion_blocks | bptt truncated 2, Poisson depth 4 |" in text and "a sweep" in text
+    for arm in (blocks, bptt):
+        steps, parts = read_metrics(tmp_path / arm["name"] / "metrics.jsonl")[2:], arm["step_parts"]
+        assert all(0 < step["forward_seconds"] < step["step_seconds"] for step in steps) and list(parts)[-1] == "the rest"
+        assert parts["forward passes"] == pytest.approx(mean(step["forward_seconds"] for step in steps))
+        assert sum(parts.values()) == pytest.approx(mean(step["step_seconds"] for step in steps))
+        assert f"| {1000 * parts['the rest']:.1f} ({parts['the rest'] / sum(parts.values()):.0%}) |" in text
     ratio = bptt["training_flops_per_token"] / blocks["training_flops_per_token"]
     assert ratio > 1 and f"bptt costs {ratio:.2f} times the training FLOPs a token of blocks" in text
     within = [nll for flops, _, nll in bptt["curve"] if flops <= blocks["training_flops"]][-1]
     assert f"held-out NLL came to {blocks['validation_nll']:.4f} for blocks and {within:.4f} for bptt" in text
     page = (tmp_path / "report/report.html").read_text()
-    assert page.count('<img src="data:image/png;base64,') == 2 and ".png" not in page and "<td>a sweep</td>" in page
-    for plot in ("nll-against-flops.png", "nll-against-time.png"):
+    assert page.count('<img src="data:image/png;base64,') == 3 and ".png" not in page and "<td>a sweep</td>" in page
+    for plot in ("nll-against-flops.png", "nll-against-time.png", "step-time.png"):
         assert (tmp_path / "report" / plot).read_bytes().startswith(b"\x89PNG") and plot in text
+
+
+def test_runs_that_did_not_record_their_forward_passes_are_named_or_leave_the_section_out(tiny_config, tmp_path):
+    for name, objective in (("old", "bptt"), ("new", "diffusion_blocks")):
+        assert train(load_config(tiny_config(name, objective={"name": objective}))) == 0
+    metrics = tmp_path / "old/metrics.jsonl"
+    records = [{key: value for key, value in record.items() if key != "forward_seconds"} for record in read_metrics(metrics)]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = compare([tmp_path / "old", tmp_path / "new"], tmp_path / "both")
+    assert "Not recorded by old." in text and (tmp_path / "both/step-time.png").exists()
+    text = compare([tmp_path / "old"], tmp_path / "one")
+    assert "Where the time of a step goes" not in text and not (tmp_path / "one/step-time.png").exists()
 
 
 def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeypatch):
@@ -44,7 +63,7 @@ def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeyp
         texts = dict.fromkeys(("learning_rate_source", "folder", "machine", "precision"), "")
         texts["settings"] = name.partition(", seed")[0]
         values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | texts | {"name": name, "objective": objective}
-        return Arm(**values | {"curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
+        return Arm(**values | {"step_parts": None, "curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
 
     slow = {f"slow, seed {seed}": arm(f"slow, seed {seed}", "truncated", (0, 0.0, 9.0), (2, end, nll))
             for seed, end, nll in ((1, 80.0, 4.3), (2, 100.0, 4.2))}

@@ -61,7 +61,8 @@ def test_arms_get_the_same_budget_and_an_experiment_goes_on_where_it_stopped(exp
         assert 1e9 - facts["training_flops_per_token"] * facts["tokens_per_step"] < budgets[-1] <= 1e9
     assert "(2 seeds, " in text and "| BPTT |" in text.split("## A step")[1] and "### Held-out likelihood" in text
     page = (output / "report.html").read_text()
-    assert page.count("data:image/png") >= 3 and "<h2>A step</h2>" in page
+    assert page.count("data:image/png") >= 5 and "<h2>A step</h2>" in page
+    assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("step-time", "memory-by-kind"))
     calls.clear()
     assert run_experiment(path, output) == text and calls == ["train"] * 4  # which find that they are complete
     calls.clear()

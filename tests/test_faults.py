@@ -21,7 +21,7 @@ from rdtrain.model.information import UNIT
 from rdtrain.objectives import DiffusionBlocks, Loss
 from rdtrain.train import train
 
-TIMES = {"seconds", "step_seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes"}
+TIMES = {"seconds", "step_seconds", "data_wait_seconds", "forward_seconds", "tokens_per_second", "peak_memory_bytes"}
 
 
 def told(folder: Path) -> list[dict]:

@@ -48,7 +48,7 @@ def pixels(image: Image.Image, rectangle: list[float]) -> np.ndarray:
 
 
 def test_the_page_of_a_comparison_shows_its_tables_and_plots(report, program, tmp_path):
-    plots = [Image.open(report.parent / f"nll-against-{name}.png").convert("RGB") for name in ("flops", "time")]
+    plots = [Image.open(report.parent / f"{name}.png").convert("RGB") for name in ("nll-against-flops", "nll-against-time", "step-time")]
     with browser(program) as page:
         for width, mobile in ((400, True), (1400, False)):
             page.open(report, width, mobile=mobile)
@@ -77,7 +77,7 @@ def test_the_page_of_a_comparison_shows_its_tables_and_plots(report, program, tm
 
             # Each row of a table has ink in its first cell, which stays in sight when the table scrolls, as it must on the phone.
             rows = page.value(RECTANGLES.format("tbody tr td:first-child"))
-            assert len(rows) == 15 + 8 and all((pixels(seen, row) < 100).any() for row in rows)
+            assert len(rows) == 15 + 8 + 2 and all((pixels(seen, row) < 100).any() for row in rows)
             wider = page.value("(t => { t.scrollLeft = 1e6; return t.scrollLeft })(document.querySelector('table'))")
             assert wider > 0 or not mobile
             assert page.value(RECTANGLES.format("tbody tr td:first-child")) == rows

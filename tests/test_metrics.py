@@ -95,7 +95,7 @@ def wandb_records(file: Path) -> list[bytes]:
     return records
 
 
-def test_wandb_offline_writes_a_run_folder_that_holds_the_metrics(tiny_config, tmp_path):
+def test_wandb_offline_writes_folders_that_hold_the_metrics_and_a_later_start_continues_the_run(tiny_config, tmp_path):
     from wandb.proto.wandb_internal_pb2 import Record
 
     assert train(load_config(tiny_config(logging={"wandb": "offline"}))) == 0
@@ -113,6 +113,10 @@ def test_wandb_offline_writes_a_run_folder_that_holds_the_metrics(tiny_config, t
         assert float(row.get("loss", "nan")) == pytest.approx(record.get("loss", math.nan), nan_ok=True)
     assert float(history[-1]["validation_nll"]) == pytest.approx(expected[-1]["validation_nll"])
     assert "loss_by_iteration/01" in {key for row in history for key in row}
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    assert train(load_config(tmp_path / "run.yaml")) == 0
+    starts = [folder.name.rpartition("-")[2] for folder in tmp_path.glob("run/wandb/offline-run-*")]
+    assert starts == 2 * [(tmp_path / "run/wandb-id").read_text().strip()]  # one wandb run, of two starts
 
 
 def test_a_continued_run_continues_its_wandb_run(tmp_path, monkeypatch):

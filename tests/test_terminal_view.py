@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -26,7 +27,7 @@ def finished(tiny_config, tmp_path):
 
 
 def test_a_finished_run_is_shown_as_it_ended(finished, rdtrain, tmp_path, refused):
-    result = rdtrain("watch", finished)
+    result = rdtrain("watch", finished, "--svg", tmp_path / "view.svg")
     last = read_metrics(finished / "metrics.jsonl")[-1]
     assert result.returncode == 0, result.stderr
     for text in ("complete", "step 8 of 8", f"{last['validation_nll']:.4g}", "step-00000008", f"{last['learning_rate']:.4g}"):
@@ -34,6 +35,9 @@ def test_a_finished_run_is_shown_as_it_ended(finished, rdtrain, tmp_path, refuse
     shown_lines = {line.strip("│ ").split("  ")[0]: line.split() for line in result.stdout.splitlines()}
     assert list(last["update_size_by_part"]) == ["embedding", "prelude", "core", "coda", "conditioning"]
     assert len(shown_lines["update / weight"]) == 3 + 5 + 2 and "noise, low to high, in 16 bins" in result.stdout
+    drawn = "".join(ElementTree.parse(tmp_path / "view.svg").getroot().itertext()).replace("\xa0", " ")
+    assert f"rdtrain watch {finished}" in drawn and "step 8 of 8" in drawn and "update / weight" in drawn
+    refused(rdtrain("watch", finished, "--svg", tmp_path / "none/view.svg"), "cannot be written")
     refused(rdtrain("watch", tmp_path), "is not the folder of a run that has started")
 
 

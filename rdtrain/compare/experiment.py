@@ -29,7 +29,8 @@ from ..config import Config, build, config_to_yaml, load_config, override, read_
 from ..data.output import write_atomically
 from ..errors import UserError
 from ..tables import bytes_text
-from .report import compare
+from .plots import plot_parts
+from .report import compare, markdown_table
 from .samples import side_by_side
 
 RDTRAIN = [sys.executable, "-m", "rdtrain.cli"]
@@ -116,7 +117,7 @@ def run_experiment(path: Path, output: Path) -> str:
         for seed in experiment.seeds for arm, config in configs.items()
     ]
     _train_all(runs, experiment)
-    more = _step_table(measured)
+    more = _step_table(measured, output)
     if experiment.evaluate:
         more += _evaluated([run for run in runs if run.first], output, experiment)
     return compare([run.folder for run in runs], output, more)
@@ -195,9 +196,15 @@ def _call(command: list[str], log: Path, device: str | None) -> None:
         raise UserError(f"`{' '.join(command)}` ended with code {code} ({said.removeprefix('rdtrain: ')}): see {log}, and start again")
 
 
-def _step_table(measured: dict[str, dict]) -> str:
-    """Time and memory of a step of each arm, as Markdown."""
+def _step_table(measured: dict[str, dict], output: Path) -> str:
+    """Time and memory of a step of each arm, as Markdown; writes the plot of the memory, memory-by-kind.png."""
     kinds = ("peak", "weights", "gradients", "optimizer_state", "activations")
+    memory = {
+        arm: {kind.replace("_", " "): (found["memory"].get(kind) or 0) / 2**20 for kind in kinds}
+        for arm, found in measured.items() if not found["out_of_memory"]
+    }
+    if memory:
+        plot_parts(memory, "MiB", "Memory of a step, by kind", output / "memory-by-kind.png", add_up=False)
     header = ["arm", "ms a step", "tokens/s", "MFU", "busy ms", "host ms", *(kind.replace("_", " ") for kind in kinds)]
     rows = []
     for arm, found in measured.items():
@@ -207,12 +214,13 @@ def _step_table(measured: dict[str, dict]) -> str:
         seconds = [found["step_seconds"]["typical"], found["busy_seconds"], found["enqueue_seconds"]]
         step, busy, host = ("-" if each is None else f"{1000 * each:.1f}" for each in seconds)
         mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
-        memory = (found["memory"].get(kind) for kind in kinds)
-        sizes = ["-" if each is None else bytes_text(each) for each in memory]
+        sizes = ["-" if each is None else bytes_text(each) for each in (found["memory"].get(kind) for kind in kinds)]
         rows.append([arm, step, f"{found['tokens_per_second']:,.0f}", mfu, busy, host, *sizes])
     table = [header, ["---"] * len(header), *rows]
-    lines = ["## A step", "", *("| " + " | ".join(row) + " |" for row in table), ""]
-    return "\n".join(["", *lines, "By `rdtrain bench`, in one process; its documentation says what each column is.", ""])
+    by = "By `rdtrain bench`, in one process; its documentation says what each column is."
+    lines = ["## A step", "", markdown_table(table), "", by, ""]
+    plot = ["![memory of a step, by kind](memory-by-kind.png)", ""] if memory else []
+    return "\n".join(["", *lines, *plot])
 
 
 def _evaluated(runs: list[Run], output: Path, experiment: Experiment) -> str:

@@ -15,12 +15,13 @@ import numpy as np
 from ..data.output import write_atomically
 from ..errors import UserError
 from ..html_page import write_html
+from .plots import plot_nll, plot_parts
 from .runs import Arm, read_arm
 
 
 def compare(folders: list[Path], output: Path, more: str = "") -> str:
-    """Write report.md, the same as one file report.html, report.json, nll-against-flops.png and nll-against-time.png to `output`; returns
-    the report's text. more: Markdown for its end.
+    """Write report.md, the same as one file report.html, report.json, nll-against-flops.png, nll-against-time.png and, where a run has
+    recorded it, step-time.png to `output`; returns the report's text. more: Markdown for its end.
 
     UserError when a folder holds no run, or a run without an evaluation.
     """
@@ -30,8 +31,11 @@ def compare(folders: list[Path], output: Path, more: str = "") -> str:
         raise UserError(f"two of the runs have the same name ({', '.join(names)}): give each its own run.name")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _plot(arms, 0, "training FLOPs", output / "nll-against-flops.png")
-        _plot(arms, 1, "training time (s)", output / "nll-against-time.png")
+        plot_nll(arms, 0, "training FLOPs", output / "nll-against-flops.png")
+        plot_nll(arms, 1, "training time (s)", output / "nll-against-time.png")
+        parts = {arm.name: arm.step_parts for arm in arms if arm.step_parts is not None}
+        if parts:
+            plot_parts(parts, "seconds", "Where the time of a step goes", output / "step-time.png", add_up=True)
         report = _report(arms) + more
         write_atomically(output / "report.json", json.dumps([asdict(arm) for arm in arms], indent=2) + "\n")
         write_atomically(output / "report.md", report)
@@ -70,8 +74,32 @@ def _report(arms: list[Arm]) -> str:
         "what PyTorch allocated on CUDA. FLOPs count recurrence: parts that carry gradient three times, iterations without gradient "
         "once, the mean where the depth is drawn; what activation checkpointing computes again is not counted.",
         "",
+        *_step_time(arms),
     ]
     return "\n".join(text)
+
+
+def _step_time(arms: list[Arm]) -> list[str]:
+    """Where a step's time went, of the arms that recorded it."""
+    recorded = [arm for arm in arms if arm.step_parts is not None]
+    if not recorded:
+        return []
+    header = ["arm", "ms a step, mean", *recorded[0].step_parts]
+    rows = []
+    for arm in recorded:
+        whole = sum(arm.step_parts.values())
+        parts = [f"{1000 * seconds:.1f} ({seconds / whole:.0%})" for seconds in arm.step_parts.values()]
+        rows.append([arm.name, f"{1000 * whole:.1f}", *parts])
+    text = [
+        "## Where the time of a step goes", "", markdown_table([header, ["---"] * len(header), *rows]), "",
+        "![where the time of a step goes](step-time.png)", "",
+        "Milliseconds, and shares of the step, as the runs recorded them after their first record. Forward passes are those of the steps "
+        "that were logged. The rest is backward passes, messages between ranks, the optimizer, and what the host does in between. Of "
+        "several ranks, waiting and passes are those of the rank where they take longest.",
+    ]
+    if len(recorded) < len(arms):
+        text.append(f"Not recorded by {', '.join(arm.name for arm in arms if arm.step_parts is None)}.")
+    return [*text, ""]
 
 
 def markdown_table(table: list[list[str]]) -> str:
@@ -169,23 +197,3 @@ def _curves(arms: list[Arm], points: int = 8) -> list[list[str]]:
         for flops in np.linspace(budget / points, budget, points)
     ]
     return [header, ["---"] * len(header), *rows]
-
-
-def _plot(arms: list[Arm], column: int, label: str, path: Path) -> None:
-    """Held-out NLL against a column of the curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm in arms:
-        x, nll = [point[column] for point in arm.curve], [point[-1] for point in arm.curve]
-        axes.plot(x, nll, marker="o", markersize=3, label=f"{arm.name} (learning rate {arm.learning_rate:g})")
-    axes.set(xlabel=label, ylabel="held-out NLL (nats per token)", title=f"Held-out NLL against {label}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
-    temporary.replace(path)

@@ -20,7 +20,8 @@ from .runs import Arm
 PROJECT = Path(__file__).parent.parent.parent
 START, END = "<!-- made by python -m rdtrain.compare.results_table -->", "<!-- until here -->"
 NAMES = {"diffusion_blocks": "denoising blocks", "bptt truncated": "truncated BPTT", "bptt full": "full BPTT", "bptt local": "local BPTT"}
-UNRECORDED = {"settings": "", "seed": 0, "until_nll": None}  # by `rdtrain compare` at 30058de, where no run was to end by its NLL
+# By `rdtrain compare` at 30058de, where no run was to end by its NLL.
+UNRECORDED = {"settings": "", "seed": 0, "step_parts": None, "until_nll": None}
 ABLATION_STEP_TOKENS = 64 * 512  # configs/70m.yaml
 
 

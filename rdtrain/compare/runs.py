@@ -13,7 +13,8 @@ from ..metrics import read_metrics
 @dataclass
 class Arm:
     """One run as the report shows it. Times in seconds, memory in bytes, NLL in nats per token. settings: all that decides its result but
-    the seed, as text: runs with the same are repetitions of each other. until_nll: where it was to end, if that was asked for."""
+    the seed, as text: runs with the same are repetitions of each other. step_parts: what a step's time goes to, in the mean, by name; None
+    for a run that did not record it. until_nll: where it was to end, if that was asked for."""
 
     name: str
     objective: str
@@ -36,6 +37,7 @@ class Arm:
     peak_memory_bytes: int
     validation_nll: float
     validation_bits_per_byte: float
+    step_parts: dict[str, float] | None
     until_nll: float | None
     curve: list[tuple[float, float, float]]
     """(training FLOPs, seconds, held-out NLL) of each evaluation."""
@@ -55,8 +57,8 @@ def read_arm(folder: Path) -> Arm:
     if not timed or not evaluated or evaluated[-1]["step"] == 0:
         raise UserError(f"the run in {folder} has not been evaluated since it started: let it train for longer")
     last = evaluated[-1]
-    # The first record holds the start-up: kernels chosen, memory first touched.
-    step_seconds = statistics.median(record["step_seconds"] for record in timed[1:] or timed)
+    steady = timed[1:] or timed  # the first record holds the start-up: kernels chosen, memory first touched
+    step_seconds = statistics.median(record["step_seconds"] for record in steady)
     return Arm(
         name=facts["name"],
         objective=_objective(config),
@@ -79,9 +81,21 @@ def read_arm(folder: Path) -> Arm:
         peak_memory_bytes=max(record["peak_memory_bytes"] for record in timed),
         validation_nll=last["validation_nll"],
         validation_bits_per_byte=last["validation_bits_per_byte"],
+        step_parts=_step_parts(steady),
         until_nll=config.schedule.until_nll,
         curve=[(record["training_flops"], record["seconds"], record["validation_nll"]) for record in evaluated],
     )
+
+
+def _step_parts(records: list[dict]) -> dict[str, float] | None:
+    """What the time of a step goes to, in seconds, which add up to its mean over the records that have its forward passes."""
+    timed = [record for record in records if record.get("forward_seconds") is not None]
+    if not timed:
+        return None
+    whole, waiting, passes = (
+        statistics.mean(record[name] for record in timed) for name in ("step_seconds", "data_wait_seconds", "forward_seconds")
+    )
+    return {"waiting for data": waiting, "forward passes": passes, "the rest": whole - waiting - passes}
 
 
 def _objective(config: Config) -> str:

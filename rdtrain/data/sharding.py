@@ -183,7 +183,8 @@ def _write_result(layout: Layout, units: int, settings: dict, tokenizer: Tokeniz
             names = ", ".join(source["name"] for source in settings["inputs"][:3])
             give_up(work)
             raise UserError(f"no text in {names}{_first_reason(left_out)}; give files that hold some" if side != "validation" else
-                            "no document falls on the validation side; give a larger share or more documents")
+                            "no document falls on the validation side; give a larger share or more documents, or have `rdtrain corpus` "
+                            "cut these and share them out")
     tasks = [task for side in sides for task in shard_tasks(layout, side, *sizes[side])]
     if not (work / "arrays").is_file():
         shutil.rmtree(work / "result", ignore_errors=True)
