@@ -3,7 +3,7 @@
 
 stamp=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat .venv/rdtrain-stamp 2>/dev/null)" != "$stamp" ]; then
-    echo "installing rdtrain and what it needs into .venv, about a minute"
+    echo "installing rdtrain and what it needs into .venv, a few minutes"
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "rdtrain needs Python >= 3.11, and $python is $("$python" --version 2>&1): set PYTHON to a newer one" >&2
