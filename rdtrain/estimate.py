@@ -166,8 +166,8 @@ class Memory:
         finds nearly all activations, and nothing of the loss any more."""
         standing, early = (self.messages if self.messages_come == when else 0 for when in ("standing", "early"))
         in_passes = self.activations + self.gathered + max(self.loss, early) + (self.gradients if accumulation > 1 else self.standing)
-        last = max if self.messages_come == "after" else int.__add__
-        at_end = self.gradients + last(self.embedding_gradients, self.messages)
+        last = (self.embedding_gradients, self.messages)
+        at_end = self.gradients + (max(last) if self.messages_come == "after" else sum(last))
         return self.weights + self.optimizer_state + max(in_passes + standing, at_end, self.at_first_message)
 
     @property

@@ -28,6 +28,9 @@ class CapturedPass:
     where they are in memory: RuntimeError where they do not. Gradients of the parameters are the only ones.
     """
 
+    any_captured = False
+    """Whether this process has captured a pass."""
+
     def __init__(self, training_pass: TrainingPass):
         self._training_pass = training_pass
         self._inputs: tuple[Tensor, ...] = ()
@@ -46,6 +49,7 @@ class CapturedPass:
         return Replay.apply(self, *self.parameters)
 
     def _capture(self, model: RecurrentDepthLM, tensors: tuple[Tensor, ...]) -> None:
+        CapturedPass.any_captured = True
         self._inputs = tuple(tensor.clone() for tensor in tensors)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._places = [parameter.data_ptr() for parameter in self.parameters]
@@ -96,8 +100,8 @@ class Replay(torch.autograd.Function):
 
 
 def captured_bytes(device: torch.device) -> int:
-    """What CUDA graphs keep for their replays beyond what counts as allocated; 0 on a CPU."""
-    if device.type != "cuda":
+    """What CUDA graphs keep for their replays beyond what counts as allocated; 0 where no pass has been captured."""
+    if not CapturedPass.any_captured:  # a snapshot of the allocator takes time, and runs ask wherever they log
         return 0
     pools = [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == device.index]
     return sum(segment["total_size"] - segment["allocated_size"] for segment in pools if segment["segment_pool_id"] != (0, 0))
