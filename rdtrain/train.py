@@ -25,7 +25,7 @@ from .data.mixture import MixtureLoader, open_loader
 from .data.rows import DocumentRows
 from .data.shards import ShardReader
 from .distributed import World, agree, on_device, pinned
-from .engine import Engine, build_engine, start_processes
+from .engine import Engine, build_engine, refuse_float8, start_processes
 from .errors import UserError, first_line
 from .evaluation import Evaluator
 from .faults import StepJudge, too_many_skipped
@@ -100,8 +100,9 @@ def objective_and_model(config: Config, world: World, vocab_size: int, bos_id: i
 
 
 def _refuse_impossible(config: Config, objective: Objective, world: World) -> None:
-    """UserError where the engine runs in one process and there are several, the objective cannot train one block and leave the others,
-    the ranks' micro-batches would go separate ways, or no fast kernel of attention takes the heads."""
+    """UserError where the engine runs in one process and there are several, or in a precision that the device has not, the objective
+    cannot train one block and leave the others, the ranks' micro-batches would go separate ways, or no fast kernel of attention takes the
+    heads."""
     try:
         refuse_head_width(world.device, config.engine.dtype(world.device), config.model.head_width, config.data.document_masking)
     except ValueError as error:
@@ -112,6 +113,8 @@ def _refuse_impossible(config: Config, objective: Objective, world: World) -> No
             f"without self_conditioning and chain_states or of one_pass; here objective.name={config.objective.name} is to train on "
             f"{world.device.type}: leave it off"
         )
+    if config.engine.precision == "fp8":
+        refuse_float8(world.device, config.model)
     if config.engine.name == "torch" and world.size > 1:
         raise UserError(
             f"engine.name=torch runs in one process, and there are {world.size}: use engine.name=deepspeed or engine.name=fsdp"

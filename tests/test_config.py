@@ -53,6 +53,7 @@ def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
         ("engine: {zero_stage: 3, compile: true}", ["'engine'", "compile cannot go with zero_stage=3", "name=fsdp, or leave compile off"]),
         ("engine: {name: fsdp, compile: true, cuda_graph: true}", ["'engine'", "cuda_graph captures what compile makes"]),
         ("engine: {cuda_graph: true}", ["'engine'", "cuda_graph captures what compile makes", "set compile=true"]),
+        ("engine: {precision: fp8}", ["'engine'", "precision=fp8 scales and rounds in compiled code", "set compile=true"]),
         ("engine: {name: fsdp, offload_optimizer: true}", ["'engine'", "offload_optimizer works with name=deepspeed"]),
         ("engine: {zero_stage: 0, offload_optimizer: true}", ["'engine'", "zero_stage 1 to 3"]),
         ("data: {rows: documents, document_masking: true}", ["'data'", "document_masking belongs to rows=packed", "leave it out"]),

@@ -103,6 +103,25 @@ def test_passes_in_cuda_graphs_train_as_they_do_without_and_wait_for_nothing(nam
     torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_products_in_fp8_train_as_those_in_bf16(engine):
+    world, losses = World(0, 1, 0, torch.device("cuda", 0)), []
+    tokens = torch.randint(500, (8, 65), generator=torch.Generator().manual_seed(0)).to(world.device)
+    for precision in ("bf16", "fp8"):
+        objective = build_objective(ObjectiveSettings(layer_checkpointing="selective"), NoiseSettings(), 4, 1)
+        torch.manual_seed(0)
+        shape = ModelConfig(width=128, heads=2, mlp_width=256, iterations=4, vocab_size=500, **objective.model_fields)
+        settings = EngineSettings(name=engine, compile=True, precision=precision)
+        start_processes(settings, world)
+        built = build_engine(settings, RecurrentDepthLM(shape), objective, OptimizerSettings(), 8, 1, world)
+        found = [built.train_step([(tokens, SampleRandom(0, range(8), world.device, step))], 1e-3)[0].value for step in range(100)]
+        losses.append(torch.stack(found).detach().float().cpu())
+        built.close()
+    plain, other = losses
+    assert plain[-20:].mean() < plain[:20].mean() and not torch.equal(plain, other)
+    assert (other[:20] - plain[:20]).abs().max() < 0.05 and (other - plain).mean().abs() < 0.02
+
+
 @pytest.mark.parametrize("head_width", [64, 96, 128, 256, 264])
 def test_no_head_that_is_trained_goes_through_the_math_kernel(head_width):
     named = attention_backend(torch.device("cuda", 0), torch.bfloat16, head_width, 512)

@@ -95,6 +95,8 @@ def _notes(rows: list[Measurement]) -> list[str]:
         notes.append(f"MFU and HFU: none, as {why}.")
     else:
         notes.append(f"MFU and HFU are shares of {1e-12 * first.peak_flops_per_second:,.1f} TFLOP/s (bf16, dense, on paper).")
+        if any(row.engine["precision"] == "fp8" for row in rows):
+            notes[-1] += " Of arms in fp8 too, which may have more than all of it."
         if any(row.busy_seconds is None and not row.out_of_memory for row in rows):
             notes.append("The profiler saw no kernels, so how long the device is busy, and what bounds a step, is not known.")
     skipped = [name_of(row, None) for row in rows if row.skipped_steps]

@@ -8,8 +8,9 @@ from ..objectives import Objective
 from ..optimization import OptimizerSettings
 from .base import Engine, EngineSettings, TrainingModule
 from .deepspeed_config import deepspeed_config
+from .float8 import refuse_float8, use_float8
 
-__all__ = ["Engine", "EngineSettings", "build_engine", "deepspeed_config", "start_processes"]
+__all__ = ["Engine", "EngineSettings", "build_engine", "deepspeed_config", "refuse_float8", "start_processes"]
 
 
 def start_processes(settings: EngineSettings, world: World) -> None:
@@ -35,6 +36,8 @@ def build_engine(settings: EngineSettings, model: RecurrentDepthLM, objective: O
 
         apart = sharded_layers(model, objective)
     model = model.to(world.device)
+    if settings.precision == "fp8":
+        use_float8(model)
     if settings.compile:
         objective.compile(model, apart)
     if settings.cuda_graph:

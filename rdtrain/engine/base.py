@@ -41,7 +41,8 @@ class EngineSettings:
         step that waits for the host (`rdtrain bench` says so); takes room for one more copy of the gradients. For diffusion_blocks of one
         block, without self_conditioning and chain_states, and one_pass; under name=torch and deepspeed with zero_stage 0 to 2.
     precision: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on CPU. The optimizer works in fp32 in any case. In bf16, ZeRO 1 to 3 and
-        fsdp run bf16 copies of the fp32 weights; the others run the fp32 weights under torch.autocast.
+        fsdp run bf16 copies of the fp32 weights; the others run the fp32 weights under torch.autocast. `fp8` is bf16 with the products of
+        the layers in fp8, by torchao: CUDA and compile only.
     """
 
     name: Literal["deepspeed", "fsdp", "block_parallel", "torch"] = "deepspeed"
@@ -49,10 +50,10 @@ class EngineSettings:
     offload_optimizer: bool = False
     compile: bool = False
     cuda_graph: bool = False
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
 
     def __post_init__(self):
-        """ValueError for an engine that cannot compile, or has no optimizer state of its own to move."""
+        """ValueError for an engine that cannot compile, for what needs compiled code, and where there is no optimizer state to move."""
         if self.compile and self.name == "deepspeed" and self.zero_stage == 3:
             raise ValueError(
                 "compile cannot go with zero_stage=3, which gathers weights inside of what would be compiled: use zero_stage 0 to 2, or "
@@ -62,6 +63,10 @@ class EngineSettings:
             raise ValueError(
                 "cuda_graph captures what compile makes, under name=torch, and deepspeed with zero_stage 0 to 2: set compile=true and one "
                 "of these, or leave cuda_graph off"
+            )
+        if self.precision == "fp8" and not self.compile:
+            raise ValueError(
+                "precision=fp8 scales and rounds in compiled code, and is slower than bf16 without: set compile=true, or use bf16"
             )
         if self.offload_optimizer and (self.name != "deepspeed" or self.zero_stage == 0):
             raise ValueError("offload_optimizer works with name=deepspeed and zero_stage 1 to 3 alone: use these or leave it off")
@@ -76,8 +81,8 @@ class EngineSettings:
         return blocks if self.name == "block_parallel" else 1
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that the precision means on this device."""
-        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+        """The dtype that the precision means on this device, of all but fp8's products."""
+        bf16 = self.precision in ("bf16", "fp8") or (self.precision == "auto" and device.type == "cuda")
         return torch.bfloat16 if bf16 else torch.float32
 
 

@@ -25,7 +25,7 @@ ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
 # A product with a bias (addmm) is that of the noise level, as cheap as a norm.
-PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, *ATTENTION]
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, torch.ops.aten.bmm.default, *ATTENTION]
 
 
 def is_product(function) -> bool:
