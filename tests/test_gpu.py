@@ -21,6 +21,12 @@ from rdtrain.randomness import SampleRandom
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """What the tests before have compiled would count towards the limit of recompilations, which a few models of different kinds reach."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def no_waiting():
     """A function after which every wait of the host for the device is an error, until the test ends."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import PROCESS_GROUP_MINUTES, World, backend, describe_lone_process
@@ -55,22 +56,31 @@ class DeepSpeedEngine(Engine):
         self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}  # stage 3 leaves empty ones
         groups = {parameter: index for index, group in enumerate(self._optimizer.param_groups) for parameter in group["params"]}
         self._group = {name: groups[parameter] for name, parameter in self._parameters.items()}
+        linear = F.linear
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
+        self._linear, F.linear = F.linear, linear
         self._norm: float | Tensor = 0.0
         self._held = list(self.model.cores.parameters()) if self._stage == 3 and module.objective.repeats_core else []
 
     @contextmanager
-    def _core_held(self):
-        """Have stage 3 keep the core's weights once they are gathered: an iteration would drop them, which the next one needs again.
+    def _passes(self):
+        """Around the passes: what stage 3 needs to be otherwise than elsewhere in the process.
 
-        It drops what no module is using, so one more user is noted for each. (Its own setting for weights to be left whole goes by size
-        alone, and holds only while every step calls the same modules, which a drawn depth does not.) The optimizer's step drops all.
+        The core's weights are kept once they are gathered: an iteration would drop them, which the next one needs again. Stage 3 drops
+        what no module is using, so one more user is noted for each. (Its own setting for weights to be left whole goes by size alone, and
+        holds only while every step calls the same modules, which a drawn depth does not.) The optimizer's step drops all.
+
+        Layers call stage 3's linear function, which keeps no gathered weight for the backward pass. DeepSpeed leaves it in PyTorch's
+        place for good: engines after this one would call it too, and PyTorch 2.11 compiles it without the gradients of layers that have a
+        bias (github.com/pytorch/pytorch/issues/180642).
         """
+        linear, F.linear = F.linear, self._linear
         for parameter in self._held:
             parameter.ds_active_sub_modules.add(HOLDER)
         try:
             yield
         finally:
+            F.linear = linear
             for parameter in self._held:
                 parameter.ds_active_sub_modules.discard(HOLDER)
 
@@ -87,7 +97,7 @@ class DeepSpeedEngine(Engine):
             # and then leaves its step out and nobody has asked.
             verdict = functools.cache(lambda: judge(mean_loss(losses), self._step_norm()))
             self._optimizer.must_skip = verdict
-        with self._core_held():
+        with self._passes():
             for tokens, random in micro_batches:
                 loss = Loss(*self._engine(tokens, random))
                 self._engine.backward(loss.value)
@@ -102,7 +112,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def held_out_nll(self, tokens: Tensor, random: SampleRandom) -> Tensor:
-        with self._core_held():
+        with self._passes():
             return self._engine(tokens, random, held_out=True)
 
     def _pass_without_trace(self, tokens: Tensor, random: SampleRandom) -> None:

@@ -5,6 +5,8 @@ They run on GPUs where each process has one of its own, else on the CPU with glo
 
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,6 +28,8 @@ ALONE = World(0, 1, 0, DEVICE)
 RATE, SEED, VOCABULARY = 3e-3, 1301, 50
 BUCKET = 1_000_002
 sys.modules[deepspeed_config.__module__].BUCKET = BUCKET  # dozens of engines in a process would fill a GPU with real ones
+WAIT = 20
+"""Seconds within which a case must fail on all ranks where it fails on one: otherwise some wait in a collective call."""
 
 
 def micro_batch(indices: range, step: int, length: int = 8) -> tuple[Tensor, SampleRandom]:
@@ -80,8 +84,8 @@ def norms_by_part(gradients: dict[str, Tensor], before: dict[str, Tensor], after
 def assert_norms_by_part(found: dict, right: dict, where: str, tolerance: float = 1e-3) -> None:
     for kind, values in right.items():
         assert found[kind].keys() == values.keys(), f"{where}: {kind} has {list(found[kind])}"
-        for part, value in values.items():
-            assert abs(found[kind][part] - value) <= tolerance * value, f"{where}: {kind} of {part} is {found[kind][part]}, not {value}"
+        off = [part for part, value in values.items() if not abs(found[kind][part] - value) <= tolerance * value]
+        assert not off, f"{where}: {kind} of {' and '.join(off)}: {found[kind]}, not {values}"
 
 
 def mean_of_ranks(values: list[float], world: World) -> float:
@@ -102,20 +106,45 @@ def largest_difference(found: dict[str, Tensor], right: dict[str, Tensor], scale
     return max(((tensor.cpu().float() - right[name].cpu()).abs().max().item() / scale(name) for name, tensor in found.items()), default=0.0)
 
 
+def fails_everywhere(case: str) -> bool:
+    """Note that a case has failed on this rank; whether it does on all, so that the next one finds none of them in a collective call."""
+    noted = [Path(ARGUMENTS[0]) / f"failed-{rank}.txt" for rank in range(WORLD.size)]
+    with noted[WORLD.rank].open("a") as file:
+        print(case, file=file)
+    until = time.monotonic() + WAIT
+    while not all(path.exists() and case in path.read_text().splitlines() for path in noted):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def run_cases(cases: Iterable[str], check: Callable[[str, World], str | None], engine: str = "deepspeed") -> None:
     """Check each case, those of engine torch on rank 0 alone, and write a line into right.txt, in the first argument's folder, for each
     that was right: its name and what `check` says. Those that are there already are left out, so a long campaign may be started again.
+    Past an assertion that fails on all ranks the next cases are checked, and the process ends with code 1 and what has failed.
     engine: of those that the processes are to be started for.
     """
+    folder, failed = Path(ARGUMENTS[0]), []
+    (folder / f"failed-{WORLD.rank}.txt").unlink(missing_ok=True)  # an earlier start's
     start_processes(EngineSettings(engine), WORLD)
-    notes = Path(ARGUMENTS[0]) / "right.txt"
+    notes = folder / "right.txt"
     done = {line.partition(":")[0] for line in notes.read_text().splitlines()} if notes.exists() else ()
     for case in cases:
         alone = case.startswith("torch")
         if case in done or (alone and not WORLD.is_main):
             continue
-        said = check(case, ALONE if alone else WORLD)
+        try:
+            said = check(case, ALONE if alone else WORLD)
+        except AssertionError as error:
+            traceback.print_exc()
+            failed.append(f"{case}: {str(error).removeprefix(f'{case}: ')}")
+            if not alone and not fails_everywhere(case):
+                raise
+            continue
         if WORLD.is_main:
             with notes.open("a") as file:
                 print(case + (f": {said}" if said else ""), file=file)
-    end_process(0)
+    if WORLD.is_main and failed:
+        print(f"{len(failed)} failed", *failed, sep="\n", file=sys.stderr)
+    end_process(1 if failed else 0)
