@@ -49,16 +49,21 @@ def write(readme: Path, text: str) -> None:
 
 
 def _days(rows: list[dict]) -> dict[tuple[str, str], list[Arm]]:
-    """The runs by commit and machine, those that the file lists last first. A run is called by its objective; runs whose names differ in
-    the seed alone are repetitions."""
+    """The runs by commit and machine, those that the file lists last first, and of these the ones that have the last runs of some
+    objective. A run is called by its objective; runs whose names differ in the seed alone are repetitions."""
     days = {}
     for row in reversed(rows):
         kind = re.match(r"bptt \w+|\w+", row["objective"])[0]
         found = UNRECORDED | row | {"name": NAMES[kind], "settings": re.sub(r"-seed-\d+$", "", row["name"])}
         day = days.setdefault((row["commit"], f"{row['ranks']} {row['machine']}"), [])
         day.append(Arm(**{each.name: found[each.name] for each in fields(Arm)}))
-    order = list(NAMES.values())
-    return {day: sorted(arms, key=lambda arm: (order.index(arm.name), arm.seconds)) for day, arms in days.items()}
+    order, seen, newest = list(NAMES.values()), set(), {}
+    for day, arms in days.items():
+        names = {arm.name for arm in arms}
+        if not names <= seen:
+            newest[day] = sorted(arms, key=lambda arm: (order.index(arm.name), arm.seconds))
+        seen |= names
+    return newest
 
 
 def _table(days: dict[tuple[str, str], list[Arm]]) -> str:
