@@ -91,6 +91,14 @@ def test_it_generates_text_where_rdtrain_cannot_be_imported(exported):
     assert runs[0].stdout == runs[1].stdout
 
 
+@pytest.mark.slow
+def test_compiled_layers_write_the_same_text(exported):
+    plain, compiled = (alone(exported, "--prompt", "The function", "--max-new-tokens", "12", *extra) for extra in ([], ["--compile"]))
+    assert compiled.returncode == 0 and compiled.stdout == plain.stdout, compiled.stderr
+    refused = alone(exported, "--prompt", "A", "--compile", "--no-cache")
+    assert refused.returncode == 1 and "--compile is for steps of one position" in refused.stderr
+
+
 def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
     result = rdtrain("generate", exported, "--prompt", "A", "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5")
     assert result.returncode == 0 and result.stderr.count("K = 2") == 2, result.stderr

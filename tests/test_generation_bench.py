@@ -110,11 +110,12 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, settings):
     for text, words in {
         "teacher": "there is no arm 'teacher': choose from", "blocks wings=2": "arm 'blocks wings=2' cannot be",
         "blocks top_k=x": "cannot be", "bptt solver=ancestral": "leave solver and chain_. to blocks", "blocks graph=x": "cannot be",
+        "blocks compile=1": "cannot be",
     }.items():
         with pytest.raises(UserError, match=words):
             Arm.parse(text)
-    assert Arm.parse("blocks graph=false chain_top_k=8 exit=kl exit_threshold=0.1").sampling == Sampling(
-        chain_top_k=8, exit="kl", exit_threshold=0.1)
+    parsed = Arm.parse("blocks graph=false compile=true chain_top_k=8 exit=kl exit_threshold=0.1")
+    assert parsed.sampling == Sampling(chain_top_k=8, exit="kl", exit_threshold=0.1) and parsed.compile and not parsed.graph
     with pytest.raises(UserError, match="is no exported folder: give one, or a config and the tokens"):
         Subject.load("configs/70m.yaml", CPU)
     with pytest.raises(UserError, match="is not a whole exported model"):

@@ -37,7 +37,8 @@ from .generation_report import page
 from .measure import device_name, seconds_of, synchronize
 from .trace import trace_steps
 
-ARMS = ["blocks", "blocks graph=false", "blocks exit=entropy", "bptt", "plain"]
+ARMS = ["blocks compile=true", "blocks", "bptt compile=true", "plain compile=true", "blocks exit=entropy compile=true", "bptt", "plain",
+        "blocks graph=false"]
 MODELS = ["configs/1b.yaml:32768", "configs/70m.yaml:8192"]
 FULL = 0.95  # of the device's memory: a case whose weights and cache need more is not begun
 
@@ -137,7 +138,8 @@ def measure(row: Row, arm: Arm, model: RecurrentDepthLM, noise: NoiseSchedule, e
     own = 1 if arm.kind == "plain" else row.iterations
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    decoder = Decoder(model, noise, own, arm.sampling, row.batch, effort.prompt + effort.new, capture=None if arm.graph else False)
+    capacity, capture = effort.prompt + effort.new, None if arm.graph else False
+    decoder = Decoder(model, noise, own, arm.sampling, row.batch, capacity, capture=capture, compiled=arm.compile)
     ids = torch.randint(model.config.vocab_size, (row.batch, effort.prompt), generator=torch.Generator().manual_seed(0))
 
     def run(further: int) -> tuple[float, float]:

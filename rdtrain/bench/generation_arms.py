@@ -23,24 +23,26 @@ EXAMPLE = "configs/1b.yaml:32768"
 
 @dataclass
 class Arm:
-    """Who generates, and how. kind: one of KINDS; graph: whether steps are captured, on CUDA and where they can be."""
+    """Who generates, and how. kind: one of KINDS; graph: whether steps are captured, on CUDA and where they can be; compile: whether their
+    layers are compiled."""
 
     name: str
     kind: str
     sampling: Sampling
     graph: bool = True
+    compile: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """`KIND setting=value ...`, the settings being those of `Sampling`, and `graph`. UserError for what cannot be."""
+        """`KIND setting=value ...`, the settings being those of `Sampling`, `graph` and `compile`. UserError for what cannot be."""
         kind, *settings = text.split()
         kinds = {one.name: one.type for one in fields(Sampling)}
-        given, graph = {}, True
+        given, steps = {}, {}
         try:
             for setting in settings:
                 name, _, value = setting.partition("=")
-                if name == "graph" and value in ("true", "false"):
-                    graph = value == "true"
+                if name in ("graph", "compile") and value in ("true", "false"):
+                    steps[name] = value == "true"
                 else:
                     given[name] = value if kinds[name] is str else int(value) if kinds[name] is int else float(value)
             sampling = Sampling(**given)
@@ -50,7 +52,7 @@ class Arm:
             raise UserError(f"there is no arm '{kind}': choose from {', '.join(KINDS)}")
         if kind != "blocks" and sampling.changes_the_chain:
             raise UserError(f"arm '{text}' has settings of a denoising chain: leave solver and chain_* to blocks")
-        return cls(text, kind, sampling, graph)
+        return cls(text, kind, sampling, **steps)
 
 
 @dataclass

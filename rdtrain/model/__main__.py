@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="prompts of --jsonl at a time")
     parser.add_argument("--context", type=int, default=1024, help="positions that the cache of --interactive and --jsonl holds at most")
     parser.add_argument("--no-cache", action="store_true", help="recompute the past at every token (slow; for checking)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers of a step, in up to a minute: quicker from then on, "
+                        "above all on a GPU with few texts at a time")
     parser.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one)")
     arguments = parser.parse_args()
 
@@ -70,7 +72,10 @@ def main() -> None:
         if bool(arguments.prompt or arguments.no_cache) + bool(arguments.jsonl) + arguments.interactive > 1:
             raise ValueError("--prompt, --jsonl and --interactive exclude each other, and --no-cache goes with --prompt: choose one")
         sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
+        if arguments.compile and arguments.no_cache:
+            raise ValueError("--compile is for steps of one position, which --no-cache does not make: leave one of them out")
         generator = TextGenerator.load(FOLDER, arguments.device)
+        generator.compiled = arguments.compile
         iterations = generator.iterations if arguments.iterations is None else arguments.iterations
         if arguments.interactive:
             from .console import Console

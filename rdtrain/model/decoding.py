@@ -4,15 +4,20 @@ Notable: on CUDA the step of one token (K iterations, and the draw) is captured 
 kernels from Python takes several times as long as running them. It reads and writes the same tensors each time, so one graph serves all
 tokens, batches and turns; a cache of many columns has one for each number of columns that a step attends to (cache.py). An exit asks
 the device at every iteration which rows go on, which no graph can.
+
+A graph takes no time to start, but each of its kernels does, and at one text at a time most take no longer. `compiled` makes few of them.
 """
 
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from .cache import KeyValueCache
 from .chain import Chain, DenoisingChain, UnrolledChain
+from .layers import layers_in_parts
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM
 from .sampling import Sampling
@@ -68,8 +73,9 @@ class Decoder:
     """
 
     def __init__(self, model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, sampling: Sampling, batch: int, capacity: int,
-                 use_cache: bool = True, capture: bool | None = None):
-        """capture: whether steps are captured; None: on CUDA, where it can be. noise: unused by an unrolled model.
+                 use_cache: bool = True, capture: bool | None = None, compiled: bool = False):
+        """capture: whether steps are captured; None: on CUDA, where it can be. compiled: whether their layers are compiled, at the first
+        steps, in up to a minute. noise: unused by an unrolled model.
 
         ValueError, in one sentence, for K < 1 and for settings that the model cannot run with.
         """
@@ -83,6 +89,7 @@ class Decoder:
         if capture and not can_capture:
             raise ValueError("a step can be captured on CUDA, with a cache and without an exit: leave capture out, or change these")
         self._capture = can_capture if capture is None else capture
+        self._layers = functools.partial(layers_in_parts, model) if compiled and use_cache else nullcontext
         self._seeds = torch.zeros(batch, dtype=torch.long, device=device)
         self._chain = make_chain(model, noise, iterations, sampling, self.cache, TextRandom(self._seeds))
         self._steps: dict[int, CapturedStep] = {}
@@ -148,6 +155,10 @@ class Decoder:
             self.cache.place.padding, self._steps = widths, {}
 
     def _next(self, ids: Tensor) -> Tensor:
+        with self._layers() if ids.shape[1] == 1 else nullcontext():  # a prompt may have any length, each of which is compiled anew
+            return self._run(ids)
+
+    def _run(self, ids: Tensor) -> Tensor:
         if self._capture and ids.shape[1] == 1:
             self._ids.copy_(ids)
             view = self.cache.place.view

@@ -36,7 +36,9 @@ def generate(model: RecurrentDepthLM, ids: Tensor, max_new_tokens: int, iteratio
 
 
 class TextGenerator:
-    """An exported folder, loaded: model, tokenizer and the K that it was trained for."""
+    """An exported folder, loaded: model, tokenizer and the K that it was trained for. compiled: as its decoders take it."""
+
+    compiled = False
 
     def __init__(self, model: RecurrentDepthLM, noise: NoiseSchedule, tokenizer: Tokenizer):
         self.model, self.noise, self.tokenizer = model, noise, tokenizer
@@ -76,7 +78,8 @@ class TextGenerator:
                 "solver and chain_* are settings of a denoising model, and this one was trained by "
                 "backpropagation through time: leave them out"
             )
-        return Decoder(self.model, self.noise, self.iterations if iterations is None else iterations, sampling, batch, capacity, use_cache)
+        iterations = self.iterations if iterations is None else iterations
+        return Decoder(self.model, self.noise, iterations, sampling, batch, capacity, use_cache, compiled=self.compiled)
 
     def write(self, decoder: Decoder, ids: list[int], seed: int, max_new_tokens: int) -> Iterator[tuple[int, str]]:
         """Yield the tokens that follow ids, which follow what a decoder of one row holds, each with the text that it completes.

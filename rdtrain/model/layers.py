@@ -5,6 +5,10 @@ biases. DiffusionBlocks (arXiv 2506.14202) brings the noise level in through ada
 are linear in the noise embedding and start at zero, so that a new block computes exactly what it would without them.
 """
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,15 +67,27 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None, mask: Tensor | None = None) -> Tensor:
+    def inputs(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, T, D] of x [B, T, width], the first two with their positions."""
         batch, length, width = x.shape
         heads = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        return rotate(query, rotary), rotate(key, rotary), value
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, slot: CacheSlot | None, mask: Tensor | None = None) -> Tensor:
+        """What the positions of `inputs` see of themselves and of those in the slot, [B, H, T, D]."""
         if slot is not None:
             key, value = slot.append(key, value)
-        out = causal_attention(query, key, value, mask if slot is None else slot.place.mask)
-        return self.output(out.transpose(1, 2).reshape(batch, length, width))
+        return causal_attention(query, key, value, mask if slot is None else slot.place.mask)
+
+    def outputs(self, seen: Tensor) -> Tensor:
+        """[B, H, T, D] of `attend` -> [B, T, width]."""
+        return self.output(seen.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, width] -> [B, T, width]."""
+        return self.outputs(self.attend(*self.inputs(x, rotary), slot, mask))
 
 
 class GatedMLP(nn.Module):
@@ -93,6 +109,9 @@ class SandwichBlock(nn.Module):
     checkpointing: LayerCheckpointing = "none"
     """What a pass with gradient keeps of it (see checkpointing.py)."""
 
+    in_parts: bool = False
+    """Whether it runs its `compiled_parts`."""
+
     def __init__(self, width: int, heads: int, mlp_width: int, eps: float, conditioning_width: int | None = None):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
@@ -111,8 +130,41 @@ class SandwichBlock(nn.Module):
 
     def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None, slot: CacheSlot | None,
                  mask: Tensor | None) -> Tensor:
+        before, after = compiled_parts() if self.in_parts else (SandwichBlock.before_attention, SandwichBlock.after_attention)
+        query, key, value, scale, shift = before(self, x, rotary, conditioning)
+        return after(self, x, self.attention.attend(query, key, value, slot, mask), scale, shift)
+
+    def before_attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values, and scale and shift of the MLP's input: all that the layer needs of its input but the sum."""
         attention_scale = attention_shift = mlp_scale = mlp_shift = 0.0
         if self.modulation is not None:
             attention_scale, attention_shift, mlp_scale, mlp_shift = self.modulation(conditioning).chunk(4, dim=-1)
-        x = self.norm2(x + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot, mask))
-        return self.norm4(x + self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift))
+        inputs = self.norm1(x) * (1 + attention_scale) + attention_shift
+        return *self.attention.inputs(inputs, rotary), mlp_scale, mlp_shift
+
+    def after_attention(self, x: Tensor, seen: Tensor, scale: Tensor | float, shift: Tensor | float) -> Tensor:
+        """The layer's output, from its input and what attention has seen."""
+        x = self.norm2(x + self.attention.outputs(seen))
+        return self.norm4(x + self.mlp(self.norm3(x) * (1 + scale) + shift))
+
+
+@functools.cache
+def compiled_parts() -> tuple[Callable, Callable]:
+    """What a layer does before and after attention, compiled, for all layers and models; the attention between them writes to a cache.
+
+    Of more kinds of layers and batches in one process than torch keeps code for, it warns, and runs the others as they are.
+    """
+    return tuple(torch.compile(part) for part in (SandwichBlock.before_attention, SandwichBlock.after_attention))
+
+
+@contextmanager
+def layers_in_parts(model: nn.Module) -> Iterator[None]:
+    """Have the layers of a model run their `compiled_parts` meanwhile."""
+    layers = [module for module in model.modules() if isinstance(module, SandwichBlock)]
+    for layer in layers:
+        layer.in_parts = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.in_parts = False

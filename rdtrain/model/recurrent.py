@@ -267,14 +267,16 @@ class RecurrentDepthLM(nn.Module):
         inverse_lengths: `inverse_lengths()` where the caller keeps them. shape: what to make of that prior's logits first.
         """
         weight = self.embedding.weight
-        logits = F.linear(hidden, weight)
-        if shape is not None:
-            logits = shape(logits)
         if evidence is None:
-            return logits
-        # Known, not learned: no gradient.
+            logits = F.linear(hidden, weight)
+            return logits if shape is None else shape(logits)
         lengths = self.inverse_lengths() if inverse_lengths is None else inverse_lengths
-        return logits.float() + evidence_logits(evidence, weight.detach(), lengths)
+        if torch.is_grad_enabled():  # to the prior's alone: the evidence is known, not learned
+            logits, known = F.linear(hidden, weight), evidence_logits(evidence, weight.detach(), lengths)
+        else:  # one product for both: of few positions it takes as long as reading the weights
+            logits, known = F.linear(torch.stack((hidden, evidence.to(hidden.dtype))), weight)
+            known = known.float() * lengths
+        return (logits if shape is None else shape(logits)).float() + known
 
     @torch.no_grad()
     def inverse_lengths(self) -> Tensor:

@@ -1,6 +1,9 @@
 """The decoder: a step over one position is the same as over many, shared caches are what they say, turns and rollback change nothing, rows
 that have settled leave and do not disturb the others, and a captured step writes the same text."""
 
+import functools
+from collections import Counter
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from rdtrain.model.adaptive import Exits
 from rdtrain.model.cache import CachePlace, KeyValueCache, cache_of
 from rdtrain.model.chain import DenoisingChain, UnrolledChain
 from rdtrain.model.decoding import Decoder, cache_bytes
+from rdtrain.model.layers import SandwichBlock, compiled_parts
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 from rdtrain.model.sampling import Sampling
 from rdtrain.model.text_random import TextRandom
@@ -57,6 +61,30 @@ def test_a_row_is_the_same_alone_in_a_batch_and_behind_padding(build_model, deno
     one = torch.cat((torch.tensor([[13]]), PROMPT[2:]), dim=1)
     assert torch.equal(behind[2], written(decoder(model, batch=1), one, [9])[0])
     assert not torch.equal(together[0], written(decoder(model), seeds=[8, 8, 9])[0])
+
+
+@pytest.mark.parametrize("denoising", [True, False])
+def test_compiled_layers_write_the_same_and_are_compiled_once_a_kind(build_model, monkeypatch, denoising):
+    model, parts = build_model(denoising, posterior_readout=denoising), Counter()
+
+    def traced(graph, inputs):
+        parts[len(inputs)] += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced))
+    torch._dynamo.reset()
+    compiled_parts.cache_clear()
+    try:
+        for exit in ("never", "argmax"):
+            sampling = Sampling(exit=exit)
+            plain = written(decoder(model, sampling), padding=[2, 0, 1])
+            assert torch.equal(written(decoder(model, sampling, compiled=True), padding=[2, 0, 1]), plain)
+            if exit == "never":
+                kinds = 2 if denoising else 1  # layers that take a noise level, and others
+                assert sum(parts.values()) == 2 * kinds
+        assert not any(layer.in_parts for layer in model.modules() if isinstance(layer, SandwichBlock))
+    finally:
+        compiled_parts.cache_clear()
 
 
 def test_turns_that_reuse_the_cache_and_rollback_equal_starting_anew(build_model):
