@@ -1,5 +1,6 @@
 """What the tests share: a tiny model, tiny shards made from real text, and the commands as a user would start them."""
 
+import json
 import os
 import shutil
 import signal
@@ -163,30 +164,79 @@ def start(command: list[str], timeout: float, **environment: str) -> subprocess.
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-@pytest.fixture
-def rdtrain():
-    """Run `rdtrain ARGUMENTS` as a user would."""
+@pytest.fixture(scope="session")
+def free_port():
+    """A function that gives a port on which nobody listens, as a launcher is told it."""
 
-    def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess:
+    def find() -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return str(free.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def process_server():
+    """Run a script or module of Python in CPU processes, as many as environments are given, forked from one that has imported rdtrain,
+    DeepSpeed and torch (process_server.py)."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "tests/process_server.py"], cwd=PROJECT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+    def run(script: str, arguments: tuple, timeout: float, environments: list[dict[str, str]]) -> subprocess.CompletedProcess:
+        cpu = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        request = {
+            "script": script, "arguments": list(map(str, arguments)), "timeout": timeout,
+            "environments": [cpu | each for each in environments],
+        }
+        print(json.dumps(request), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())
+        if answer["code"] is None:
+            pytest.fail(f"{script} {request['arguments']} did not end in {timeout} s:\n{answer['out']}\n{answer['err']}")
+        return subprocess.CompletedProcess([script, *request["arguments"]], answer["code"], answer["out"], answer["err"])
+
+    yield run
+    server.communicate()
+
+
+@pytest.fixture
+def rdtrain(process_server):
+    """Run `rdtrain ARGUMENTS` as a user would; in a process that Python starts anew where `forked` is False."""
+
+    def run(*arguments: object, timeout: float = 120, forked: bool = True) -> subprocess.CompletedProcess:
+        if forked:
+            return process_server("rdtrain.cli", arguments, timeout, [{}])
         return start([sys.executable, "-m", "rdtrain.cli", *map(str, arguments)], timeout, DS_ACCELERATOR="cpu")
 
     return run
 
 
 @pytest.fixture
-def deepspeed():
-    """Run `deepspeed launch/train.py ARGUMENTS` on a number of CPU processes; with `gpus`, on as many GPUs where there are so many, and
-    where the environment has RDTRAIN_TEST_GPUS nowhere else."""
+def deepspeed(free_port):
+    """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in."""
 
-    def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py", gpus: bool = False):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port), "--"]
-        if gpus and "RDTRAIN_TEST_GPUS" in os.environ and torch.cuda.device_count() < processes:
-            pytest.fail(f"RDTRAIN_TEST_GPUS is set, and there are {torch.cuda.device_count()} GPUs for {processes} processes")
-        accelerator = {} if gpus and torch.cuda.device_count() >= processes else {"DS_ACCELERATOR": "cpu"}
+    def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py", cpu: bool = True):
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", free_port(), "--"]
+        accelerator = {"DS_ACCELERATOR": "cpu"} if cpu else {}
         return start([*command, script, *map(str, arguments)], timeout, OMP_NUM_THREADS="1", **accelerator)
+
+    return run
+
+
+@pytest.fixture
+def ranks(process_server, deepspeed, free_port):
+    """Run launch/train.py, or another script, as a number of ranks, with no launcher around them. With `gpus`, on as many GPUs, by the
+    launcher, where there are so many, and where the environment has RDTRAIN_TEST_GPUS nowhere else."""
+
+    def run(*arguments: object, number: int = 2, timeout: float = 240, script: str = "launch/train.py", gpus: bool = False):
+        if gpus and torch.cuda.device_count() >= number:
+            return deepspeed(*arguments, processes=number, timeout=timeout, script=script, cpu=False)
+        if gpus and "RDTRAIN_TEST_GPUS" in os.environ:
+            pytest.fail(f"RDTRAIN_TEST_GPUS is set, and there are {torch.cuda.device_count()} GPUs for {number} processes")
+        world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        return process_server(script, arguments, timeout, [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)])
 
     return run
 

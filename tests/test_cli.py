@@ -19,7 +19,7 @@ def test_text_to_shards_by_the_commands_alone(rdtrain, text_folder, tmp_path):
         ("shard", tmp_path / "corpus/validation.jsonl", "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "validation"),
     )
     for step in steps:
-        result = rdtrain(*step)
+        result = rdtrain(*step, forked=False)
         assert result.returncode == 0, result.stderr
     manifest = json.loads((tmp_path / "train/manifest.json").read_text())
     assert (manifest["vocab_size"], manifest["unused_tokens"]) == (704, 4) and manifest["tokens"] > 50_000
@@ -30,7 +30,7 @@ def test_text_to_shards_by_the_commands_alone(rdtrain, text_folder, tmp_path):
     ["", "corpus", "tokenizer import", "shard", "shard inspect", "train", "checkpoint verify", "compare", "evaluate", "export", "generate"],
 )
 def test_every_verb_explains_itself(rdtrain, verb):
-    result = rdtrain(*verb.split(), "--help")
+    result = rdtrain(*verb.split(), "--help", forked=False)
     assert result.returncode == 0 and len(result.stdout) > 200
 
 
@@ -64,7 +64,7 @@ def test_any_name_of_a_file_can_be_shown_and_a_part_that_is_none_is_refused(rdtr
     (tmp_path / "text" / "b.txt").write_text("text")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # as on a terminal that knows no other characters
     command = ("shard", tmp_path / "text", "--tokenizer", shards / "train", "--output", tmp_path / "out")
-    result = rdtrain(*command)
+    result = rdtrain(*command, forked=False)
     assert result.returncode == 0 and "1 not UTF-8, the first is " in result.stdout and "a\\udcff.txt" in result.stdout, result.stderr
     assert "give I/N, such as 1/4" in rdtrain(*command, "--part", "1").stderr
 

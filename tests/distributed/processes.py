@@ -1,6 +1,6 @@
 """What the scripts of this folder share: each is one of several processes that a launcher starts, and holds engines to a plain loop.
 
-They run on GPUs where each process has one of its own, else on the CPU with gloo (`deepspeed` in tests/conftest.py decides).
+They run on GPUs where each process has one of its own, else on the CPU with gloo (`ranks` in tests/conftest.py decides).
 """
 
 import os

@@ -29,9 +29,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_losses_weights_messages_and_memory_are_those_of_a_slow_loop(deepspeed, tmp_path, processes):
+def test_losses_weights_messages_and_memory_are_those_of_a_slow_loop(ranks, tmp_path, processes):
     """Two blocks on groups of one rank and of two."""
-    result = deepspeed(tmp_path, script="tests/distributed/block_parallel_process.py", gpus=True, processes=processes)
+    result = ranks(tmp_path, script="tests/distributed/block_parallel_process.py", gpus=True, number=processes)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 4
 
@@ -40,7 +40,7 @@ def recorded(folder: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["gradient_norm"]) for record in read_metrics(folder / "metrics.jsonl")[1:]]
 
 
-def test_a_run_resumes_bit_for_bit_exports_one_model_and_goes_on_as_an_untied_run(tiny_config, tmp_path, deepspeed, rdtrain):
+def test_a_run_resumes_bit_for_bit_exports_one_model_and_goes_on_as_an_untied_run(tiny_config, tmp_path, deepspeed, ranks, rdtrain):
     path, run = tiny_config(**SETTINGS), tmp_path / "run"
     result = deepspeed("--config", path)
     assert result.returncode == 0, result.stderr
@@ -80,7 +80,7 @@ def test_a_run_resumes_bit_for_bit_exports_one_model_and_goes_on_as_an_untied_ru
 
     weights = load_file(last / "model.safetensors")
     shutil.rmtree(last)
-    result = deepspeed("--config", path)
+    result = ranks("--config", path)
     assert result.returncode == 0 and "continuing from step 9" in result.stdout, result.stderr
     again = load_file(last / "model.safetensors")
     assert recorded(run) == first and all(again[name].equal(weights[name]) for name in weights)

@@ -1,7 +1,7 @@
 """What rdtrain/estimate.py says of memory and traffic is what every engine, stage and precision keeps and sends: two processes."""
 
 
-def test_memory_and_traffic_are_those_of_every_engine(deepspeed, tmp_path):
-    result = deepspeed(tmp_path, script="tests/distributed/estimate_process.py", gpus=True, timeout=500)
+def test_memory_and_traffic_are_those_of_every_engine(ranks, tmp_path):
+    result = ranks(tmp_path, script="tests/distributed/estimate_process.py", gpus=True, timeout=500)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 24

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +17,13 @@ from rdtrain.metrics import read_metrics
 FAULTY = "tests/distributed/faulty_train.py"
 
 
-def test_every_engine_leaves_bad_steps_out(deepspeed, tmp_path):
-    result = deepspeed(tmp_path, script="tests/distributed/skips_process.py", gpus=True, timeout=400)
+def test_every_engine_leaves_bad_steps_out(ranks, tmp_path):
+    result = ranks(tmp_path, script="tests/distributed/skips_process.py", gpus=True, timeout=400)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 15
 
 
-def test_steps_that_stay_bad_stop_the_run_with_their_batches_written_down(deepspeed, tiny_config, tmp_path, refused):
+def test_steps_that_stay_bad_stop_the_run_with_their_batches_written_down(deepspeed, ranks, tiny_config, tmp_path, refused):
     """Rank 1's losses alone are not numbers, from step 6 on; the checkpoint of step 6 has no new weights and is not written."""
     path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3}, faults={"stop_after_skipped": 3}, schedule={"steps": 40})
     result = deepspeed("fault=nan-from:6", "--config", path, script=FAULTY)
@@ -40,23 +39,23 @@ def test_steps_that_stay_bad_stop_the_run_with_their_batches_written_down(deepsp
     assert [record["skipped_steps"] for record in records[1:]] == [0, 0, 0, 0, 0, 1, 2]
     assert records[5]["loss"] > 0 and records[6]["loss"] is None and records[6]["gradient_norm"] is None
 
-    result = deepspeed("--config", path, "schedule.steps=40", "faults.stop_after_skipped=5")  # without the fault
+    result = ranks("--config", path, "schedule.steps=40", "faults.stop_after_skipped=5")  # without the fault
     assert result.returncode == 0 and "continuing from step 3" in result.stdout, result.stderr
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["skipped_steps"] == 0
 
 
-def test_ranks_that_are_about_to_do_different_things_stop(deepspeed, tiny_config, refused):
-    result = deepspeed("fault=other-rate:3", "--config", tiny_config(engine={"name": "fsdp"}), script=FAULTY)
+def test_ranks_that_are_about_to_do_different_things_stop(ranks, tiny_config, refused):
+    result = ranks("fault=other-rate:3", "--config", tiny_config(engine={"name": "fsdp"}), script=FAULTY)
     refused(result, "the ranks do not agree on step 3", "same command, code and data")
 
 
-def test_a_store_that_one_rank_cannot_read_stops_all_and_the_next_start_continues(deepspeed, tiny_config, tmp_path):
+def test_a_store_that_one_rank_cannot_read_stops_all_and_the_next_start_continues(ranks, tiny_config, tmp_path):
     path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3, "asynchronous": False})
-    result = deepspeed("fault=read:5", "--config", path, script=FAULTY)
+    result = ranks("fault=read:5", "--config", path, script=FAULTY)
     assert result.returncode > 0 and "Traceback" not in result.stderr, result.stderr
     assert "cannot be read ([Errno 5] Input/output error), though every file is as it was written; mend the disk" in result.stderr
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000003"]
-    result = deepspeed("--config", path)
+    result = ranks("--config", path)
     assert result.returncode == 0 and "continuing from step 3" in result.stdout, result.stderr
 
 
@@ -71,7 +70,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_stack_written_down(deepspeed,
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_config, tmp_path, deepspeed, launcher):
+def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_config, tmp_path, ranks, free_port, launcher):
     path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3, "asynchronous": False})
     command = [str(Path(sys.executable).parent / launcher), "--nproc-per-node" if launcher == "torchrun" else "--num_gpus", "2"]
     command += ["--master_port", free_port(), "--", FAULTY, "fault=kill:5", "--config", str(path)]
@@ -81,11 +80,11 @@ def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_confi
     assert "rank 0 lost another rank in step 5" in output and 'rdtrain/train.py", line' not in output, output
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000003"]
     if launcher == "deepspeed":
-        result = deepspeed("--config", path)
+        result = ranks("--config", path)
         assert result.returncode == 0 and "continuing from step 3" in result.stdout, result.stderr
 
 
-def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny_config, tmp_path):
+def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny_config, tmp_path, free_port):
     """The command dies of it and tells nobody; its ranks notice."""
     path = tiny_config(engine={"name": "deepspeed"}, schedule={"steps": 4000}, evaluation={"interval": 4000}, checkpoint={"interval": 4000})
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), "--"]
@@ -103,31 +102,31 @@ def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
-def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, tmp_path, deepspeed, kills):
+def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, tmp_path, ranks, free_port, kills):
     """Every second kill comes at any time from the start on, the others while steps are made and saved, of which every second is."""
-    steps = 150 + 50 * kills  # enough that no run ends before its last kill
+    steps = 50 * kills  # enough that no run ends before its last kill
     settings = dict(
         engine={"name": "deepspeed", "zero_stage": 2}, schedule={"steps": steps}, checkpoint={"interval": 2},
         evaluation={"interval": steps},
     )
     whole, path, draw = tiny_config("whole", **settings), tiny_config("killed", **settings), random.Random(kills)
-    assert deepspeed("--config", whole, timeout=3600).returncode == 0
+    assert ranks("--config", whole, timeout=3600).returncode == 0
     checkpoints = tmp_path / "killed/checkpoints"
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     for kill in range(kills):
         before, deadline = newest(checkpoints), time.monotonic() + 120
         port = ["--master_port", free_port(), "--"]
         with launched([*command, *port, "launch/train.py", "--config", str(path)], tmp_path / "output") as process:
-            while newest(checkpoints) == before if kill % 2 == 0 else len(ranks(process.pid)) < 2:
+            while newest(checkpoints) == before if kill % 2 == 0 else len(training(process.pid)) < 2:
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0, 1 if kill % 2 == 0 else 8))
-            os.kill(draw.choice(ranks(process.pid)), signal.SIGKILL)
+            time.sleep(draw.uniform(0, 0.5 if kill % 2 == 0 else 8))
+            os.kill(draw.choice(training(process.pid)), signal.SIGKILL)
             assert process.wait(60) != 0
             while members(process.pid):
                 assert time.monotonic() < deadline + 60
                 time.sleep(0.05)
-    result = deepspeed("--config", path, timeout=3600)
+    result = ranks("--config", path, timeout=3600)
     assert result.returncode == 0 and "continuing from step" in result.stdout, result.stderr
     last = f"checkpoints/step-{steps:08d}"
     for name in ("model.safetensors", "shard-0.safetensors", "shard-1.safetensors"):
@@ -142,7 +141,7 @@ def newest(checkpoints: Path) -> str:
     return latest.read_text() if latest.exists() else ""
 
 
-def ranks(session: int) -> list[int]:
+def training(session: int) -> list[int]:
     """The processes of a launcher's session that train."""
     found = []
     for member in members(session):
@@ -162,12 +161,6 @@ def members(session: int) -> list[int]:
             continue
         found += [int(stat.parent.name)] if int(sid) == session and state != "Z" else []
     return found
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 class launched:

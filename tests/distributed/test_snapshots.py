@@ -10,8 +10,8 @@ from rdtrain.train import train
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_every_engine_gives_and_takes_the_same_snapshot(deepspeed, tmp_path, processes):
-    result = deepspeed(tmp_path, script="tests/distributed/snapshots_process.py", gpus=True, processes=processes, timeout=900)
+def test_every_engine_gives_and_takes_the_same_snapshot(ranks, tmp_path, processes):
+    result = ranks(tmp_path, script="tests/distributed/snapshots_process.py", gpus=True, number=processes, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 14
 
@@ -31,8 +31,8 @@ ENGINES = ZERO | {"fsdp": ["engine.name=fsdp"], "torch": ["engine.name=torch"]}
         pytest.param("bf16", [("zero-1", 2), ("zero-3", 4), ("fsdp", 2), ("torch", 1)], marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_on_other_engines_and_ranks_as_if_it_had_never_stopped(tiny_config, tmp_path, deepspeed, precision, legs):
-    """Through the real launcher. Each leg trains to the end, 20 steps at the least, and the next one goes on from 10 steps after that
+def test_a_run_goes_on_on_other_engines_and_ranks_as_if_it_had_never_stopped(tiny_config, tmp_path, ranks, precision, legs):
+    """Each leg trains to the end, 20 steps at the least, and the next one goes on from 10 steps after that
     leg's start, with other micro-batches too. Blocks are untied, so that each has its own step count, and the information curve is
     learned meanwhile. Other samples or noise would show in the loss at once.
     """
@@ -43,12 +43,12 @@ def test_a_run_goes_on_on_other_engines_and_ranks_as_if_it_had_never_stopped(tin
     assert train(load_config(tiny_config("whole", **settings))) == 0
     right = losses(tmp_path / "whole")
     path = tiny_config(**settings, engine={"precision": precision})
-    for leg, (engine, ranks) in enumerate(legs):
+    for leg, (engine, number) in enumerate(legs):
         overrides = [*ENGINES[engine], f"batch.micro_sequences={1 + leg % 2}"]
         if engine == "torch":
             assert train(load_config(path, overrides)) == 0
         else:
-            result = deepspeed("--config", path, *overrides, processes=ranks)
+            result = ranks("--config", path, *overrides, number=number)
             assert result.returncode == 0, result.stderr[-4000:]
             assert leg == 0 or f"continuing from step {10 * leg}" in result.stdout
         found = losses(tmp_path / "run")
