@@ -85,17 +85,21 @@ def document_mask(ids: Tensor, mark: int, dtype: torch.dtype) -> Tensor:
     queries' dtype, which is added to their scores as it is: of a bool mask SDPA would make such a one in each layer, and keep them all.
     """
     documents = (ids == mark).cumsum(1)
-    seen = (documents.unsqueeze(1) == documents.unsqueeze(2)).tril().unsqueeze(1)
-    length = ids.shape[1]
+    return additive_mask((documents.unsqueeze(1) == documents.unsqueeze(2)).tril().unsqueeze(1), dtype)
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where seen, bool [..., Tk], is true, and -inf elsewhere."""
+    length = seen.shape[-1]
     aligned = -(-length // 16) * 16  # the memory-efficient kernel's layout: rows of another would be copied in each layer, and kept
-    return torch.zeros(len(ids), 1, length, aligned, dtype=dtype, device=ids.device)[..., :length].masked_fill_(~seen, float("-inf"))
+    return torch.zeros(*seen.shape[:-1], aligned, dtype=dtype, device=seen.device)[..., :length].masked_fill_(~seen, float("-inf"))
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which a query sees its own position and all earlier ones, or those where `mask` is true.
 
     query is [B, H, Tq, D]; key and value are [B, H, Tk, D] with Tk >= Tq. The queries are the last Tq of the Tk positions, as they
-    are when the first Tk - Tq keys come from a cache. mask: bool [1 or B, 1, Tq, Tk], or a `document_mask`, of SDPA alone.
+    are when the first Tk - Tq keys come from a cache. mask: bool [1 or B, 1, Tq, Tk], or an `additive_mask` of that, of SDPA alone.
     Returns [B, H, Tq, D].
     """
     if mask is not None and mask.dtype != torch.bool and half_precision(query.device, query.dtype):

@@ -11,6 +11,8 @@ fixed number of columns, those not filled yet behind a mask. So a CUDA graph of 
 import torch
 from torch import Tensor
 
+from .attention import additive_mask, half_precision
+
 SMALLEST_VIEW = 64  # columns that a pass over one position attends to at least; then twice as many, and so on
 
 
@@ -30,13 +32,15 @@ class CachePlace:
     capacity: columns that there are; length: those that are filled before the pass; count: new ones. padding: [B], columns at the
     start of each row that hold nothing, or None. rows: [R], the rows of the batch that are computed, or None for all.
     positions: int64 [1 or B, count], column less padding. turns: the rotary table at these. mask: bool [1 or B, 1, count, columns], what
-    each new position attends to, or None where that is simply the causal mask.
+    each new position attends to, or None where that is simply the causal mask; with a `dtype`, that of the queries, in the form that their
+    kernel wants, which would else be made of it anew in each layer.
     """
 
-    def __init__(self, capacity: int, device: torch.device):
+    def __init__(self, capacity: int, device: torch.device, dtype: torch.dtype | None = None):
         self.capacity, self.length, self.count = capacity, 0, 0
         self.padding = self.rows = self.positions = self.turns = self.mask = None
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # `length`, on the device
+        self._mask_dtype = dtype if dtype is not None and half_precision(device, dtype) else None
         self.one_position, self.shown = False, 0  # whether a step of one position is under way, and the columns that it attends to
         self._columns = torch.arange(capacity, device=device)
         self._table: tuple[Tensor, Tensor] | None = None
@@ -68,6 +72,7 @@ class CachePlace:
             self.positions = (self.positions - self.padding.unsqueeze(1)).clamp(min=0)
             own = columns.unsqueeze(1)  # padding sees itself, as softmax needs something
             self.mask = (seen <= own) & ((seen >= self.padding.view(-1, 1, 1, 1)) | (seen == own))
+        self._shape_mask()
         self.turns = tuple(table[self.positions].unsqueeze(1) for table in self._table)
 
     def keep(self, rows: Tensor) -> None:
@@ -78,7 +83,12 @@ class CachePlace:
             self.positions = (self.column.unsqueeze(0) - chosen).clamp(min=0)
             seen = self._columns[: self.shown]
             self.mask = ((seen <= self.column) & (seen >= chosen)).view(len(rows), 1, 1, -1)
+            self._shape_mask()
             self.turns = tuple(table[self.positions].unsqueeze(1) for table in self._table)
+
+    def _shape_mask(self) -> None:
+        if self.mask is not None and self._mask_dtype is not None:
+            self.mask = additive_mask(self.mask, self._mask_dtype)
 
     def move(self, length: int) -> None:
         """Say how many columns are filled."""
@@ -138,7 +148,7 @@ class KeyValueCache:
                  order: str = "adjacent"):
         """config: ModelConfig; `like` gives device and dtype. coda_iterations: K for a denoising model, whose coda runs at every
         iteration, and 1 for a model that reads out once. caches, order: how iterations share them, see `cache_of`."""
-        self.place = CachePlace(capacity, like.device)
+        self.place = CachePlace(capacity, like.device, like.dtype)
         self._stores: list[tuple[Tensor, list[int]]] = []
         self.bytes = 0
 

@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
+from rdtrain.model import attention
+from rdtrain.model import cache as cache_module
 from rdtrain.model.adaptive import Exits
 from rdtrain.model.cache import CachePlace, KeyValueCache, cache_of
 from rdtrain.model.chain import DenoisingChain, UnrolledChain
@@ -61,6 +63,25 @@ def test_a_row_is_the_same_alone_in_a_batch_and_behind_padding(build_model, deno
     one = torch.cat((torch.tensor([[13]]), PROMPT[2:]), dim=1)
     assert torch.equal(behind[2], written(decoder(model, batch=1), one, [9])[0])
     assert not torch.equal(together[0], written(decoder(model), seeds=[8, 8, 9])[0])
+
+
+@pytest.mark.parametrize("exit", ["never", "argmax"])
+def test_masks_that_are_made_once_a_token_for_all_layers_hide_the_same(build_model, monkeypatch, exit):
+    model, kinds = build_model(True), []
+    attend = attention.F.scaled_dot_product_attention
+
+    def seen(*args, attn_mask=None, **how):
+        kinds.append(None if attn_mask is None else attn_mask.dtype)
+        return attend(*args, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", seen)
+    plain = written(decoder(model, Sampling(exit=exit)), padding=[2, 0, 1])
+    assert set(kinds) == {torch.bool}
+    for module in (attention, cache_module):  # as if this were a GPU, and half precision
+        monkeypatch.setattr(module, "half_precision", lambda device, dtype: True)
+    kinds.clear()
+    assert torch.equal(written(decoder(model, Sampling(exit=exit)), padding=[2, 0, 1]), plain)
+    assert set(kinds) == {torch.float32}
 
 
 @pytest.mark.parametrize("denoising", [True, False])
