@@ -16,7 +16,7 @@ from ..model.layers import Attention, GatedMLP
 from ..model.recurrent import Core, ModelSettings, RecurrentDepthLM
 
 RECIPE = "tensorwise"
-"""torchao's name for one scale a tensor; docs/lab.md has the others' speed and loss."""
+"""torchao's name for one scale a tensor, which costs least."""
 
 MULTIPLE = 16
 """What the sizes of fp8 products must be multiples of."""
