@@ -124,7 +124,8 @@ class Memory:
     weights: those that run and, where they are not the same, the fp32 ones that are stepped.
     gradients: the most that is held at a time, fp32 sums over micro-batches and those that CUDA graphs write to included.
     optimizer_state: both moments of AdamW.
-    gathered: whole weights for a pass: copies that torch.autocast, FSDP or ZeRO-3 makes.
+    gathered: whole weights for a pass: copies that torch.autocast, FSDP or ZeRO-3 makes. One of each weight, also of a core that runs many
+        times over: autocast in compiled code would keep one for each of these, so there model/weight_copies.py makes them.
     messages: buffers that gradients are sent from, or are put together in.
     activations: an estimate of what a forward pass leaves for its backward pass.
     loss: an estimate of what is there besides while the loss is taken, logits above all.

@@ -30,22 +30,22 @@ def counter(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings, iterations, blocks",
+    "settings, iterations, blocks, precision",
     [
-        ({"name": "diffusion_blocks", "layer_checkpointing": "selective"}, 6, 1),
-        ({"name": "diffusion_blocks", **TRIALS}, 6, 3),
-        ({"name": "bptt", "trained_iterations": TRAINED, "activation_checkpointing": True}, 6, 1),
-        ({"name": "one_pass"}, 1, 1),
+        ({"name": "diffusion_blocks", "layer_checkpointing": "selective"}, 6, 1, "fp32"),
+        ({"name": "diffusion_blocks", **TRIALS}, 6, 3, "fp32"),
+        ({"name": "bptt", "trained_iterations": TRAINED, "activation_checkpointing": True}, 6, 1, "fp32"),
+        ({"name": "bptt", "trained_iterations": TRAINED}, 6, 1, "bf16"),  # whose iterations run copies of the core's weights
+        ({"name": "one_pass"}, 1, 1, "fp32"),
     ],
-    ids=["diffusion_blocks", "untied_blocks", "bptt", "one_pass"],
+    ids=["diffusion_blocks", "untied_blocks", "bptt", "bptt_bf16", "one_pass"],
 )
-def test_nothing_is_compiled_after_the_first_steps(settings, iterations, blocks, counter):
+def test_nothing_is_compiled_after_the_first_steps(settings, iterations, blocks, precision, counter):
     objective = build_objective(ObjectiveSettings(**settings), NoiseSettings(), iterations, blocks)
     shape = ModelConfig(width=16, heads=2, mlp_width=16, prelude_layers=1, core_layers=1, coda_layers=1, iterations=iterations,
                         blocks=blocks, vocab_size=30, document_mark=3 if iterations > 1 else None, **objective.model_fields)
-    engine = build_engine(
-        EngineSettings(name="torch", compile=True), RecurrentDepthLM(shape), objective, OptimizerSettings(), MICRO, 2, World(0, 1, 0, CPU)
-    )
+    engine_settings = EngineSettings(name="torch", compile=True, precision=precision)
+    engine = build_engine(engine_settings, RecurrentDepthLM(shape), objective, OptimizerSettings(), MICRO, 2, World(0, 1, 0, CPU))
 
     def samples(first: int, step: int) -> tuple[torch.Tensor, SampleRandom]:
         tokens = torch.randint(30, (MICRO, LENGTH + 1), generator=torch.Generator().manual_seed(first))

@@ -25,6 +25,7 @@ from .cache import CacheSlot
 from .checkpointing import LayerCheckpointing
 from .layers import RMSNorm, RotaryTable, SandwichBlock
 from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients, parts_of
+from .weight_copies import WeightCopies
 
 INITIAL_STATE_STD = math.sqrt(2 / 5)
 CONDITIONING_WIDTH = 128
@@ -239,18 +240,26 @@ class RecurrentDepthLM(nn.Module):
         x = x.to(working_dtype(x))
         return run_layers(self.rotary, self.prelude_layers, x, None, cache, mask)
 
+    def core_copies(self, block: int = 0) -> WeightCopies | None:
+        """Copies of a block's core for `iterate`, in a pass that runs it many times over; None where nothing casts its weights, without
+        autocast, and where fp8's maps are in the place of the linear ones, which round the weights themselves."""
+        core, adapter = self.cores[block], self.cores[block].adapter
+        dtype = working_dtype(adapter.weight)
+        return None if dtype == adapter.weight.dtype or type(adapter) is not nn.Linear else WeightCopies(core, dtype)
+
     def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
                 cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0,
-                mask: Tensor | None = None) -> Tensor:
+                mask: Tensor | None = None, copies: WeightCopies | None = None) -> Tensor:
         """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d].
 
         previous: the expected embedding that the iteration before ended with, [B, T, d], for a model with self-conditioning; None is
-        the same as zeros. mask: as `prelude` takes it.
+        the same as zeros. mask: as `prelude` takes it. copies: the block's `core_copies`.
         """
         told = None
         if previous is not None:  # in units of the target's standard deviation
             told = self.estimate_adapter((math.sqrt(self.config.width) * previous).to(e.dtype))
-        return self.cores[block](state, e, conditioning, cache, told, mask)
+        core = self.cores[block] if copies is None else copies
+        return core(state, e, conditioning, cache, told, mask)
 
     def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
              mask: Tensor | None = None) -> Tensor:

@@ -46,15 +46,17 @@ class BackpropagationThroughTime(Objective):
         trained = min(depth, self.trained_limit)
         e = model.prelude(inputs, None, mask)
         state = initial_state(random.uniform(inputs.shape[1], model.config.width)).to(e.dtype)
+        copies = model.core_copies()
         with torch.no_grad():
             for _ in range(depth - trained):
-                state = model.iterate(state, e, mask=mask)
+                state = model.iterate(state, e, mask=mask, copies=copies)
         for _ in range(trained):
             if self.activation_checkpointing:
                 # The core draws no random numbers, so there is no generator to wind back.
-                state = checkpoint(model.iterate, state, e, mask=mask, use_reentrant=False, preserve_rng_state=False)
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                state = checkpoint(model.iterate, state, e, mask=mask, copies=copies, **options)
             else:
-                state = model.iterate(state, e, mask=mask)
+                state = model.iterate(state, e, mask=mask, copies=copies)
         value, losses = model.loss(state, targets, mask=mask)
         depth_metric = (torch.full((), float(depth), device=losses.device), torch.ones((), device=losses.device))
         return Loss(value, {"loss": sum_and_count(losses, targets), "depth": depth_metric})
@@ -67,8 +69,9 @@ class BackpropagationThroughTime(Objective):
         mask = model.document_mask(inputs)
         e = model.prelude(inputs, None, mask)
         state = initial_state(random.uniform(inputs.shape[1], model.config.width)).to(e.dtype)
+        copies = model.core_copies()
         for _ in range(self.iterations):
-            state = model.iterate(state, e, mask=mask)
+            state = model.iterate(state, e, mask=mask, copies=copies)
         return model.readout(state, mask=mask)
 
     def training_flops(self, config: ModelConfig, sequence_length: int) -> float:
