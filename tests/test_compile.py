@@ -65,7 +65,8 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_its_warm_up_leaves_no_
 def test_a_machine_without_a_compiler_is_refused_in_one_sentence(tiny_config, rdtrain, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    result = rdtrain("train", "--config", tiny_config(model=SMALL), "engine.compile=true")
+    path = tiny_config(model=SMALL)
+    result = rdtrain("train", "--config", path, "engine.compile=true", forked=False)  # torch reads CXX where it is imported
     refused(result, "torch.compile failed", "install a C++ compiler, or set engine.compile=false")
 
 
