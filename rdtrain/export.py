@@ -15,6 +15,7 @@ training model, bit for bit, and, where transformers 5 is installed, so has its 
 
 import importlib.util
 import json
+import logging
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -165,14 +166,16 @@ def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedul
 
 def _continued_by_transformers(folder: Path, ids: Tensor, iterations: int) -> Tensor:
     """Four tokens [B, 4] after ids [B, T], by the folder's class for transformers, greedily."""
-    from transformers.utils import logging
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, which has much to say of itself
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
     modeling = importlib.import_module("rdtrain_exported.modeling_rdtrain")  # `load_exported` has made the package
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     model = modeling.RecurrentDepthForCausalLM.from_pretrained(folder)
     if shown:
-        logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
     tokens = model.generate(
         ids, attention_mask=torch.ones_like(ids), min_new_tokens=4, max_new_tokens=4, do_sample=False, num_iterations=iterations, seed=0,
         eos_token_id=None, pad_token_id=0,
