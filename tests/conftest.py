@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +21,7 @@ from rdtrain.data.tokenizer_training import train_tokenizer
 from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.model.tokenizer import Tokenizer
+from rdtrain.scaling.processes import free_port
 from rdtrain.train import train
 
 PROJECT = Path(__file__).parent.parent
@@ -165,18 +165,6 @@ def start(command: list[str], timeout: float, **environment: str) -> subprocess.
 
 
 @pytest.fixture(scope="session")
-def free_port():
-    """A function that gives a port on which nobody listens, as a launcher is told it."""
-
-    def find() -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return str(free.getsockname()[1])
-
-    return find
-
-
-@pytest.fixture(scope="session")
 def process_server():
     """Run a script or module of Python in CPU processes, as many as environments are given, forked from one that has imported rdtrain,
     DeepSpeed and torch (process_server.py)."""
@@ -214,11 +202,11 @@ def rdtrain(process_server):
 
 
 @pytest.fixture
-def deepspeed(free_port):
+def deepspeed():
     """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in."""
 
     def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py", cpu: bool = True):
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", free_port(), "--"]
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port()), "--"]
         accelerator = {"DS_ACCELERATOR": "cpu"} if cpu else {}
         return start([*command, script, *map(str, arguments)], timeout, OMP_NUM_THREADS="1", **accelerator)
 
@@ -226,7 +214,7 @@ def deepspeed(free_port):
 
 
 @pytest.fixture
-def ranks(process_server, deepspeed, free_port):
+def ranks(process_server, deepspeed):
     """Run launch/train.py, or another script, as a number of ranks, with no launcher around them. With `gpus`, on as many GPUs, by the
     launcher, where there are so many, and where the environment has RDTRAIN_TEST_GPUS nowhere else."""
 
@@ -235,7 +223,7 @@ def ranks(process_server, deepspeed, free_port):
             return deepspeed(*arguments, processes=number, timeout=timeout, script=script, cpu=False)
         if gpus and "RDTRAIN_TEST_GPUS" in os.environ:
             pytest.fail(f"RDTRAIN_TEST_GPUS is set, and there are {torch.cuda.device_count()} GPUs for {number} processes")
-        world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return process_server(script, arguments, timeout, [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)])
 
     return run

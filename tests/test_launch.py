@@ -4,7 +4,6 @@ SLURM is not here: its variables are, around real processes, and stand-ins for t
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from rdtrain.distributed import World, describe_lone_process
 from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
+from rdtrain.scaling.processes import free_port
 
 PROJECT = Path(__file__).parent.parent
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -32,12 +32,6 @@ sys.exit(max(task.wait() for task in tasks))
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1 $2" = "show hostnames" ]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
 """
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def command(name: str) -> str:

@@ -8,16 +8,13 @@ the device at every iteration which rows go on, which no graph can.
 A graph takes no time to start, but each of its kernels does, and at one text at a time most take no longer. `compiled` makes few of them.
 """
 
-import functools
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from .cache import KeyValueCache
 from .chain import Chain, DenoisingChain, UnrolledChain
-from .layers import layers_in_parts
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM
 from .sampling import Sampling
@@ -85,11 +82,11 @@ class Decoder:
         self.model, self.sampling, self.batch, self.capacity, self.cache = model, sampling, batch, capacity, None
         if use_cache:
             self.cache = make_cache(model, iterations, sampling, batch, capacity, model.embedding.weight)
+            self.cache.place.compiled = compiled
         can_capture = use_cache and device.type == "cuda" and sampling.exit == "never"
         if capture and not can_capture:
             raise ValueError("a step can be captured on CUDA, with a cache and without an exit: leave capture out, or change these")
         self._capture = can_capture if capture is None else capture
-        self._layers = functools.partial(layers_in_parts, model) if compiled and use_cache else nullcontext
         self._seeds = torch.zeros(batch, dtype=torch.long, device=device)
         self._chain = make_chain(model, noise, iterations, sampling, self.cache, TextRandom(self._seeds))
         self._steps: dict[int, CapturedStep] = {}
@@ -155,10 +152,6 @@ class Decoder:
             self.cache.place.padding, self._steps = widths, {}
 
     def _next(self, ids: Tensor) -> Tensor:
-        with self._layers() if ids.shape[1] == 1 else nullcontext():  # a prompt may have any length, each of which is compiled anew
-            return self._run(ids)
-
-    def _run(self, ids: Tensor) -> Tensor:
         if self._capture and ids.shape[1] == 1:
             self._ids.copy_(ids)
             view = self.cache.place.view

@@ -6,8 +6,7 @@ are linear in the noise embedding and start at zero, so that a new block compute
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +58,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions."""
+    """Causal multi-head attention with rotary positions, in the three parts that a layer calls: the middle one writes to a cache."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -85,10 +84,6 @@ class Attention(nn.Module):
         """[B, H, T, D] of `attend` -> [B, T, width]."""
         return self.output(seen.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, width] -> [B, T, width]."""
-        return self.outputs(self.attend(*self.inputs(x, rotary), slot, mask))
-
 
 class GatedMLP(nn.Module):
     """output(silu(gate(x)) * value(x)), gate and value in one matrix."""
@@ -109,9 +104,6 @@ class SandwichBlock(nn.Module):
     checkpointing: LayerCheckpointing = "none"
     """What a pass with gradient keeps of it (see checkpointing.py)."""
 
-    in_parts: bool = False
-    """Whether it runs its `compiled_parts`."""
-
     def __init__(self, width: int, heads: int, mlp_width: int, eps: float, conditioning_width: int | None = None):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
@@ -130,7 +122,8 @@ class SandwichBlock(nn.Module):
 
     def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None, slot: CacheSlot | None,
                  mask: Tensor | None) -> Tensor:
-        before, after = compiled_parts() if self.in_parts else (SandwichBlock.before_attention, SandwichBlock.after_attention)
+        compiled = slot is not None and slot.place.compiled and slot.place.one_position
+        before, after = compiled_parts() if compiled else (SandwichBlock.before_attention, SandwichBlock.after_attention)
         query, key, value, scale, shift = before(self, x, rotary, conditioning)
         return after(self, x, self.attention.attend(query, key, value, slot, mask), scale, shift)
 
@@ -155,16 +148,3 @@ def compiled_parts() -> tuple[Callable, Callable]:
     Of more kinds of layers and batches in one process than torch keeps code for, it warns, and runs the others as they are.
     """
     return tuple(torch.compile(part) for part in (SandwichBlock.before_attention, SandwichBlock.after_attention))
-
-
-@contextmanager
-def layers_in_parts(model: nn.Module) -> Iterator[None]:
-    """Have the layers of a model run their `compiled_parts` meanwhile."""
-    layers = [module for module in model.modules() if isinstance(module, SandwichBlock)]
-    for layer in layers:
-        layer.in_parts = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.in_parts = False

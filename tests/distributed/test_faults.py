@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rdtrain.metrics import read_metrics
+from rdtrain.scaling.processes import free_port
 
 FAULTY = "tests/distributed/faulty_train.py"
 
@@ -70,10 +71,10 @@ def test_a_rank_that_hangs_ends_the_run_with_every_stack_written_down(deepspeed,
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_config, tmp_path, ranks, free_port, launcher):
+def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_config, tmp_path, ranks, launcher):
     path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3, "asynchronous": False})
     command = [str(Path(sys.executable).parent / launcher), "--nproc-per-node" if launcher == "torchrun" else "--num_gpus", "2"]
-    command += ["--master_port", free_port(), "--", FAULTY, "fault=kill:5", "--config", str(path)]
+    command += ["--master_port", str(free_port()), "--", FAULTY, "fault=kill:5", "--config", str(path)]
     with launched(command, tmp_path / "output") as process:
         assert process.wait(90) > 0
     output = (tmp_path / "output").read_text()
@@ -84,10 +85,10 @@ def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_confi
         assert result.returncode == 0 and "continuing from step 3" in result.stdout, result.stderr
 
 
-def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny_config, tmp_path, free_port):
+def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny_config, tmp_path):
     """The command dies of it and tells nobody; its ranks notice."""
     path = tiny_config(engine={"name": "deepspeed"}, schedule={"steps": 4000}, evaluation={"interval": 4000}, checkpoint={"interval": 4000})
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), "--"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--"]
     metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 150
     with launched([*command, "launch/train.py", "--config", str(path)], tmp_path / "output") as process:
         while not metrics.exists() or len(read_metrics(metrics)) < 4:
@@ -102,7 +103,7 @@ def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
-def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, tmp_path, ranks, free_port, kills):
+def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, tmp_path, ranks, kills):
     """Every second kill comes at any time from the start on, the others while steps are made and saved, of which every second is."""
     steps = 50 * kills  # enough that no run ends before its last kill
     settings = dict(
@@ -115,7 +116,7 @@ def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, t
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     for kill in range(kills):
         before, deadline = newest(checkpoints), time.monotonic() + 120
-        port = ["--master_port", free_port(), "--"]
+        port = ["--master_port", str(free_port()), "--"]
         with launched([*command, *port, "launch/train.py", "--config", str(path)], tmp_path / "output") as process:
             while newest(checkpoints) == before if kill % 2 == 0 else len(training(process.pid)) < 2:
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()

@@ -21,6 +21,7 @@ from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import build_objective
 from rdtrain.randomness import SampleRandom
+from rdtrain.scaling.processes import free_port
 from rdtrain.train import train
 
 OBJECTIVES = {
@@ -132,10 +133,11 @@ def test_bf16_trains_next_to_fp32(tiny_config, tmp_path, ranks, stage):
     assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=0.03)
 
 
-def test_an_interrupt_saves_a_checkpoint_and_the_next_start_continues(tiny_config, tmp_path, free_port):
+def test_an_interrupt_saves_a_checkpoint_and_the_next_start_continues(tiny_config, tmp_path):
     """Ctrl-C in a terminal: SIGINT to the launcher and all its processes."""
     path = tiny_config(engine={"name": "deepspeed"}, schedule={"steps": 400}, checkpoint={"interval": 400}, evaluation={"interval": 400})
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), "--", "launch/train.py"]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--"]
+    command = [*launcher, "launch/train.py"]
     process = subprocess.Popen(
         [*command, "--config", str(path)], cwd=Path(__file__).parents[2], start_new_session=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -181,7 +181,7 @@ def test_training_in_half_precision_never_takes_the_math_kernel_compiled_or_not(
 def test_attention_equals_a_loop_over_heads_and_positions(perturb, reference):
     torch.manual_seed(0)
     attention, x = perturb(Attention(32, 4)), normal(2, 6, 32)
-    out = attention(x, RotaryTable(8, BASE)(0, 6, CPU), None)
+    out = attention.outputs(attention.attend(*attention.inputs(x, RotaryTable(8, BASE)(0, 6, CPU)), None))
     for row in range(2):
         np.testing.assert_allclose(float64(out[row]), reference.attention(attention, float64(x[row]), BASE), rtol=1e-4, atol=1e-5)
 
