@@ -3,8 +3,8 @@
 # stopped goes on with the configs that it has not measured; remove its folder to measure it again. rdtrain must be installed (or in
 # PYTHONPATH); no data is needed.
 #
-#   bash launch/performance.sh large         850M (d 2560, 20 heads, MLP 8704, vocabulary 32,768), 8 x 2048 tokens: blocks, with and without
-#                                            selective checkpointing of layers
+#   bash launch/performance.sh large         850M (d 2560, 20 heads, MLP 8704, vocabulary 32,768), 8 x 2048 tokens: blocks, in bf16 and fp8,
+#                                            with and without selective checkpointing of layers
 #   bash launch/performance.sh truncated     850M, 4 x 2048: blocks against truncated BPTT
 #   bash launch/performance.sh full          850M, 1 x 2048: blocks against full BPTT of 32
 #   bash launch/performance.sh small         d 512, vocabulary 8192, 64 x 512: blocks and every baseline, with and without CUDA graphs where
@@ -37,23 +37,25 @@ bench() {
     rdtrain bench "$config" "${overrides[@]}" ${SETTINGS:-} "$@" --output "$output" --resume ${OPTIONS:-} | tee "$output/table.txt"
 }
 large=(--vocab-size 32768)
+fp8=engine.precision=fp8 selective=objective.layer_checkpointing=selective
 batch_of() { echo "batch.micro_sequences=$1 batch.global_sequences=$1"; }
 
 stage=${1:-help}; shift || true
 case $stage in
-large) bench 1b -- "${large[@]}" --compare "blocks objective.layer_checkpointing=selective" blocks ;;
+large)
+    bench 1b -- "${large[@]}" --compare blocks "blocks $selective" "blocks $fp8" "blocks $fp8 $selective" ;;
 truncated) bench 1b $(batch_of 4) -- "${large[@]}" --compare blocks truncated ;;
 full) bench 1b $(batch_of 1) -- "${large[@]}" --compare blocks full ;;
 small)
-    bench 70m engine.cuda_graph=true -- --vocab-size 8192 --compare blocks one_pass truncated local full "blocks engine.cuda_graph=false" \
-        "one_pass engine.cuda_graph=false" ;;
+    bench 70m engine.cuda_graph=true -- --vocab-size 8192 --compare blocks one_pass truncated local "full batch.micro_sequences=32" \
+        "blocks engine.cuda_graph=false" "one_pass engine.cuda_graph=false" ;;
 huginn)
     bench 3.5b -- --vocab-size 65536 --steps 5 --warmup 2 --compare blocks truncated "truncated objective.activation_checkpointing=true" full \
         "full objective.activation_checkpointing=true" ;;
-batch) bench 1b -- "${large[@]}" --steps 10 --warmup 3 --compare blocks --sweep $(batch_of 4,8,16,24,32) ;;
+batch) bench 1b -- "${large[@]}" --steps 10 --warmup 3 --compare blocks "blocks $fp8" --sweep $(batch_of 4,8,16,24,32) ;;
 iterations)
-    bench 1b $(batch_of 1) -- "${large[@]}" --steps 8 --warmup 2 --compare blocks truncated full --sweep model.iterations=1,2,4,8,16,32,64 ;;
-layers) bench 1b $(batch_of 1) -- "${large[@]}" --steps 8 --warmup 2 --compare blocks truncated --sweep model.core_layers=1,2,4,8,16 ;;
+    bench 1b $(batch_of 1) -- "${large[@]}" --steps 8 --warmup 2 --compare blocks truncated full --sweep model.iterations=1,4,16,32,64 ;;
+layers) bench 1b $(batch_of 1) -- "${large[@]}" --steps 8 --warmup 2 --compare blocks truncated --sweep model.core_layers=1,4,8,16 ;;
 width)
     bench 1b $(batch_of 1) -- "${large[@]}" --steps 8 --warmup 2 --compare blocks truncated \
         --sweep model.width=640,1280,2560,3840 model.heads=5,10,20,30 model.mlp_width=2176,4352,8704,13056 ;;
@@ -102,17 +104,25 @@ def one(show, stage, arm=None):
     return show(row(stage, arm)) if row(stage, arm) else None
 
 
-def best():
-    rows = [row for row in stages.get("batch", {"measurements": []})["measurements"] if not row["out_of_memory"]]
+def best(arm):
+    rows = [row for row in stages.get("batch", {"measurements": []})["measurements"] if row["arm"] == arm and not row["out_of_memory"]]
     if not rows:
         return None
     found = max(rows, key=lambda row: row["model_flops_per_second"])
     return f"{speed(found)}, at {found['value']} x {found['sequence_length']}"
 
 
+def named(arm):
+    return arm.replace("engine.precision=", "").replace("objective.layer_checkpointing=", "")
+
+
 cases = [
-    ("850M, 8 x 2048, blocks", "498 TFLOP/s, 25.9 GiB", ">= 560 TFLOP/s, <= 20 GiB", one(speed, "large", "blocks objective.layer_checkpointing=selective")),
-    ("850M, best batch, blocks", "-", ">= 600 TFLOP/s", best()),
+    (f"850M, 8 x 2048, {named(arm)}", "498 TFLOP/s, 25.9 GiB", ">= 560 TFLOP/s, <= 20 GiB", one(speed, "large", arm))
+    for arm in [row["arm"] for row in stages.get("large", {"measurements": []})["measurements"]]
+]
+cases += [
+    ("850M, best batch, blocks", "-", ">= 600 TFLOP/s", best("blocks")),
+    ("850M, best batch, blocks fp8", "-", ">= 600 TFLOP/s", best("blocks engine.precision=fp8")),
     ("850M, 4 x 2048, truncated BPTT 24 + 8", "472 TFLOP/s, 46.5 GiB", ">= 520 TFLOP/s", one(speed, "truncated", "truncated")),
     ("truncated BPTT against blocks, 4 x 2048", "7.7 in step time", ">= 8.0", ratios("truncated", "truncated")),
     ("full BPTT of 32 against blocks, 1 x 2048", "13.3 and 4.5", ">= 14 and >= 5", ratios("full", "full")),
