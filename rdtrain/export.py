@@ -10,7 +10,7 @@
       README.md                what it is and how it was trained
 
 The export is called done only when the folder's own code, loaded apart from rdtrain, has computed the same logits and tokens as the
-training model, bit for bit, and, where transformers 5 is installed, so has its class for transformers.
+training model, bit for bit, and, where transformers 5 is installed, its class for transformers the same tokens in fp32.
 """
 
 import importlib.util
@@ -58,7 +58,7 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
         _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
-    with_transformers = ", and so does its class for transformers" if transformers_5() else "; transformers 5 is not here to try its class"
+    with_transformers = ", and its class for transformers the same tokens" if transformers_5() else "; transformers 5 is not here to try its class"
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit{with_transformers}")
 
 
@@ -158,14 +158,18 @@ def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedul
         for code, one, levels in ((generation, model, noise), (theirs, exported.model, exported.noise))
     ]
     assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
-    if transformers_5():
+    if transformers_5():  # in fp32: products of bf16 may round otherwise where weights lie otherwise in memory, and bf16 logits have ties
+        whole = theirs.generate(exported.model.float(), ids, 4, iterations, exported.noise, theirs.Sampling(0.0), seed=[0, 0])
         continuation = _continued_by_transformers(folder, ids, iterations)
-        assert torch.equal(continuation, continuations[0]), f"the class for transformers in {folder} continues a prompt otherwise"
+        expected = torch.stack(list(whole), dim=1)
+        assert torch.equal(continuation, expected), (
+            f"the class for transformers in {folder} continues a prompt by {continuation.tolist()}, and its own code by {expected.tolist()}"
+        )
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
 
 
 def _continued_by_transformers(folder: Path, ids: Tensor, iterations: int) -> Tensor:
-    """Four tokens [B, 4] after ids [B, T], by the folder's class for transformers, greedily."""
+    """Four tokens [B, 4] after ids [B, T], by the folder's class for transformers in fp32, greedily."""
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, which has much to say of itself
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
@@ -173,7 +177,7 @@ def _continued_by_transformers(folder: Path, ids: Tensor, iterations: int) -> Te
     modeling = importlib.import_module("rdtrain_exported.modeling_rdtrain")  # `load_exported` has made the package
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    model = modeling.RecurrentDepthForCausalLM.from_pretrained(folder)
+    model = modeling.RecurrentDepthForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if shown:
         transformers_logging.enable_progress_bar()
     tokens = model.generate(
