@@ -202,13 +202,15 @@ def rdtrain(process_server):
 
 
 @pytest.fixture
-def deepspeed():
-    """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in."""
+def deepspeed(process_server):
+    """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in. On the CPU the command
+    itself is forked, and starts the others anew."""
 
     def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py", cpu: bool = True):
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port()), "--"]
-        accelerator = {"DS_ACCELERATOR": "cpu"} if cpu else {}
-        return start([*command, script, *map(str, arguments)], timeout, OMP_NUM_THREADS="1", **accelerator)
+        words = ["--num_gpus", str(processes), "--master_port", str(free_port()), "--", script, *map(str, arguments)]
+        if cpu:
+            return process_server("deepspeed.launcher.runner", tuple(words), timeout, [{}])
+        return start([str(Path(sys.executable).parent / "deepspeed"), *words], timeout, OMP_NUM_THREADS="1")
 
     return run
 
