@@ -26,7 +26,25 @@ from rdtrain.train import train
 
 PROJECT = Path(__file__).parent.parent
 MODULES = ("argparse", "datetime", "_pydecimal", "difflib", "inspect", "random", "shutil", "statistics", "subprocess", "textwrap")
+LONGEST = (
+    "test_quickstart.py", "distributed/test_engines.py", "distributed/test_faults.py", "distributed/test_snapshots.py",
+    "distributed/test_blocks.py", "distributed/test_block_parallel.py", "distributed/test_zero.py", "test_launch.py",
+    "distributed/test_estimate.py", "test_export.py", "test_experiment.py", "test_scaling.py",
+)
+"""Files by the time that they take, the longest first."""
 TINY = dict(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, coda_layers=1, iterations=4)
+
+
+@pytest.hookimpl(trylast=True)  # when slow ones have been left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, in turn in each half of the tests: two workers begin with a half each, and what they take from each
+    other is the end of it, so that none is left alone with a test of minutes."""
+    files = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    long = sorted((item for item in items if item.path in files), key=lambda item: files[item.path])
+    short = [item for item in items if item.path not in files]
+    halves = [[item for item in long if files[item.path] % 2 == half] for half in (0, 1)]
+    middle = max(0, len(items) // 2 - len(halves[0]))
+    items[:] = halves[0] + short[:middle] + halves[1] + short[middle:]
 
 
 @pytest.fixture(scope="session")
