@@ -35,16 +35,11 @@ LONGEST = (
 TINY = dict(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, coda_layers=1, iterations=4)
 
 
-@pytest.hookimpl(trylast=True)  # when slow ones have been left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first, in turn in each half of the tests: two workers begin with a half each, and what they take from each
-    other is the end of it, so that none is left alone with a test of minutes."""
-    files = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    long = sorted((item for item in items if item.path in files), key=lambda item: files[item.path])
-    short = [item for item in items if item.path not in files]
-    halves = [[item for item in long if files[item.path] % 2 == half] for half in (0, 1)]
-    middle = max(0, len(items) // 2 - len(halves[0]))
-    items[:] = halves[0] + short[:middle] + halves[1] + short[middle:]
+    """The longest files come first. Of two workers each begins with a half of the tests and takes from the end of the other's, so one has
+    those of many processes and the other those of one for most of the time, and none is left alone with a test of minutes."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
