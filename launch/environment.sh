@@ -17,9 +17,10 @@ PATH="$PWD/.venv/bin:$PATH"
 
 # launch CONFIG SETTINGS...: train a config of the quickstart on all GPUs (a power of two, one process each) or, where there is none,
 # in two CPU processes that share the cores.
+found_gpus=""
 launch() {
     local gpus processes port
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    gpus=${found_gpus:=$(python -c 'import torch; print(torch.cuda.device_count())')}
     processes=2
     if [ "$gpus" -gt 0 ]; then
         for processes in 16 8 4 2 1; do [ "$processes" -gt "$gpus" ] || break; done

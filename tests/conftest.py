@@ -26,7 +26,20 @@ from rdtrain.train import train
 
 PROJECT = Path(__file__).parent.parent
 MODULES = ("argparse", "datetime", "_pydecimal", "difflib", "inspect", "random", "shutil", "statistics", "subprocess", "textwrap")
+LONGEST = (
+    "test_quickstart.py", "distributed/test_engines.py", "distributed/test_faults.py", "distributed/test_snapshots.py",
+    "distributed/test_blocks.py", "distributed/test_block_parallel.py", "distributed/test_zero.py", "test_launch.py",
+    "distributed/test_estimate.py", "test_export.py", "test_experiment.py", "test_scaling.py",
+)
+"""Files by the time that they take, the longest first."""
 TINY = dict(width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, coda_layers=1, iterations=4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first. Of two workers each begins with a half of the tests and takes from the end of the other's, so one has
+    those of many processes and the other those of one for most of the time, and none is left alone with a test of minutes."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -202,13 +215,15 @@ def rdtrain(process_server):
 
 
 @pytest.fixture
-def deepspeed():
-    """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in."""
+def deepspeed(process_server):
+    """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in. On the CPU the command
+    itself is forked, and starts the others anew."""
 
     def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py", cpu: bool = True):
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port()), "--"]
-        accelerator = {"DS_ACCELERATOR": "cpu"} if cpu else {}
-        return start([*command, script, *map(str, arguments)], timeout, OMP_NUM_THREADS="1", **accelerator)
+        words = ["--num_gpus", str(processes), "--master_port", str(free_port()), "--", script, *map(str, arguments)]
+        if cpu:
+            return process_server("deepspeed.launcher.runner", tuple(words), timeout, [{}])
+        return start([str(Path(sys.executable).parent / "deepspeed"), *words], timeout, OMP_NUM_THREADS="1")
 
     return run
 

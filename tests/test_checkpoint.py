@@ -251,6 +251,7 @@ def test_a_run_without_a_whole_checkpoint_stops_and_touches_nothing(tiny_config,
 KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
+import torch._dynamo  # the first optimizer of a process imports it, for seconds
 from rdtrain.config import load_config
 from rdtrain.train import train
 

@@ -48,8 +48,14 @@ def exported(request, tiny_config, tmp_path, tmp_path_factory, rdtrain, made) ->
     return tmp_path / "model"
 
 
-def alone(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
-    """`python FOLDER ARGUMENTS` where `import rdtrain` fails, from another directory."""
+@pytest.fixture
+def alone(process_server):
+    """Run `python FOLDER ARGUMENTS` where `import rdtrain` fails, in a process that starts in no time, as torch is there already."""
+    return lambda folder, *arguments: process_server("tests/alone.py", (folder, *arguments), 120, [{}])
+
+
+def all_alone(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """As `alone` does, in a process that Python starts anew, from another directory."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, "-c", ALONE, str(folder), *arguments], cwd=folder.parent, env=environment, input=stdin, capture_output=True,
@@ -80,10 +86,11 @@ def test_the_folder_holds_the_packages_own_files_and_the_training_models_logits(
     assert all(fact in card for fact in facts), card
 
 
-def test_it_generates_text_where_rdtrain_cannot_be_imported(exported):
+def test_it_generates_text_where_rdtrain_cannot_be_imported(exported, alone):
     blocked = subprocess.run([sys.executable, "-c", ALONE.split("sys.argv")[0] + "import rdtrain"], capture_output=True, text=True)
     assert "import of rdtrain halted" in blocked.stderr  # the block works
-    runs = [alone(exported, "--prompt", "The function", "--max-new-tokens", "12", "--seed", "3", *extra) for extra in ([], ["--no-cache"])]
+    prompt = ("--prompt", "The function", "--max-new-tokens", "12", "--seed", "3")
+    runs = [all_alone(exported, *prompt), alone(exported, *prompt, "--no-cache")]
     for result in runs:
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("The function") and len(result.stdout) > 20
@@ -92,8 +99,9 @@ def test_it_generates_text_where_rdtrain_cannot_be_imported(exported):
 
 
 @pytest.mark.slow
-def test_compiled_layers_write_the_same_text(exported):
-    plain, compiled = (alone(exported, "--prompt", "The function", "--max-new-tokens", "12", *extra) for extra in ([], ["--compile"]))
+def test_compiled_layers_write_the_same_text(exported, alone):
+    prompt = ("--prompt", "The function", "--max-new-tokens", "12")
+    plain, compiled = alone(exported, *prompt), all_alone(exported, *prompt, "--compile")
     assert compiled.returncode == 0 and compiled.stdout == plain.stdout, compiled.stderr
     refused = alone(exported, "--prompt", "A", "--compile", "--no-cache")
     assert refused.returncode == 1 and "--compile is for steps of one position" in refused.stderr
@@ -112,12 +120,12 @@ def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
 
 
 @pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)
-def test_a_conversation_and_a_file_of_prompts_from_the_command_line(exported, tmp_path):
+def test_a_conversation_and_a_file_of_prompts_from_the_command_line(exported, tmp_path, alone):
     """Each writes what --prompt does."""
     common = ("--max-new-tokens", "8", "--iterations", "3", "--seed", "5", "--exit", "argmax", "--caches", "2")
     one = alone(exported, "--prompt", "The", *common)
     assert one.returncode == 0 and " used), " in one.stderr and "MiB]" in one.stderr, one.stderr
-    talk = alone(exported, "--interactive", *common, stdin="The\n:quit\n")
+    talk = all_alone(exported, "--interactive", *common, stdin="The\n:quit\n")
     assert talk.returncode == 0 and "The" + talk.stdout == one.stdout + "\n", talk.stderr
     (tmp_path / "in").write_text('{"prompt": "The"}\n')
     file = alone(exported, "--jsonl", str(tmp_path / "in"), str(tmp_path / "out"), *common)
@@ -126,7 +134,7 @@ def test_a_conversation_and_a_file_of_prompts_from_the_command_line(exported, tm
 
 
 @pytest.mark.parametrize("partition", ["uniform", "equal_information"])
-def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, tmp_path, rdtrain, partition):
+def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, tmp_path, alone, partition):
     """Past the step at which the information curve is first brought up to date, and with another sigma_data."""
     noise = {"partition": partition, "sigma_data": 0.5, "weighting": "edm"}
     config = load_config(tiny_config(noise=noise, schedule={"steps": 17}, evaluation={"interval": 17}))
@@ -145,7 +153,7 @@ def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, t
 
 
 @pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)
-def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported, tmp_path, rdtrain, refused):
+def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported, tmp_path, rdtrain, alone, refused):
     result = alone(exported, "--prompt", "A", "--iterations", "0")
     assert result.returncode == 1 and "at least one iteration" in result.stderr and "Traceback" not in result.stderr
     result = alone(exported, "--solver", "heun")

@@ -110,11 +110,12 @@ def _stop_in_step(config, step: int) -> int:
     return read_metrics(Path(config.run.folder) / "metrics.jsonl")[-1]["step"]
 
 
-def test_a_killed_run_continues_from_its_last_checkpoint(tiny_config, tmp_path):
+def test_a_killed_run_continues_from_its_last_checkpoint(tiny_config, tmp_path, rdtrain):
     """SIGKILL leaves no time to save: the steps since the checkpoint are trained again, to the same losses."""
     settings = {"schedule": {"steps": 60}, "checkpoint": {"interval": 5}, "evaluation": {"interval": 60}}
     assert train(load_config(tiny_config("whole", **settings))) == 0
-    command = [sys.executable, "-m", "rdtrain.cli", "train", "--config", str(tiny_config("parts", **settings))]
+    arguments = ["train", "--config", str(tiny_config("parts", **settings))]
+    command = [sys.executable, "-m", "rdtrain.cli", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "parts/metrics.jsonl"
     deadline = time.monotonic() + 100
@@ -123,7 +124,8 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tiny_config, tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    subprocess.run(command, check=True, capture_output=True)
+    result = rdtrain(*arguments)
+    assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 

@@ -81,7 +81,7 @@ class CpuMarks:
 
     @contextmanager
     def watching(self):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield
         events = profiler.profiler.kineto_results.events()
         allocated = peak = 0

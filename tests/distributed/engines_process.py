@@ -6,7 +6,7 @@ case must show: gathered weights that are the loop's, weights sharded between st
 deeper step, the same held-out likelihood as without sharding, and a run that was saved and loaded going on bit for bit. Compiled cases
 compile nothing after half of the steps, and a run that is warmed up, at its start and after every step, is to the bit the one that was
 not. Whatever engines the process had before, PyTorch's linear function is its own. `short` compiles without the last stage, which writes
-the kernels' code and takes minutes of C++; `full` with it.
+the kernels' code and takes minutes of C++, and a core of one layer, as each takes seconds to trace; `full` with it, and of two.
 """
 
 import functools
@@ -96,13 +96,18 @@ def cases(length: str) -> list[str]:
     return names
 
 
-def build(name: str, checkpointing: bool) -> tuple[RecurrentDepthLM, Objective]:
+def core_layers(settings: EngineSettings) -> int:
+    """Of a case's model."""
+    return 1 if settings.compile and ARGUMENTS[1] == "short" else 2
+
+
+def build(name: str, checkpointing: bool, layers: int) -> tuple[RecurrentDepthLM, Objective]:
     settings = ObjectiveSettings(**OBJECTIVES[name], **(CHECKPOINTING if checkpointing else {}))
     objective = build_objective(settings, NoiseSettings(), ITERATIONS)
     torch.manual_seed(0)
     config = ModelConfig(
-        width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=2, coda_layers=1, iterations=ITERATIONS, vocab_size=VOCABULARY,
-        **objective.model_fields,
+        width=32, heads=4, mlp_width=48, prelude_layers=1, core_layers=layers, coda_layers=1, iterations=ITERATIONS,
+        vocab_size=VOCABULARY, **objective.model_fields,
     )
     return RecurrentDepthLM(config), objective
 
@@ -117,9 +122,9 @@ LINEAR = F.linear
 
 
 @functools.cache
-def plain_run(name: str, steps: int) -> tuple[list[float], list[float], list[dict], dict[str, torch.Tensor], float]:
+def plain_run(name: str, steps: int, layers: int) -> tuple[list[float], list[float], list[dict], dict[str, torch.Tensor], float]:
     """Losses, gradient norms, norms by part, final weights and final held-out likelihood of three sequences."""
-    model, objective = build(name, checkpointing=False)
+    model, objective = build(name, False, layers)
     optimizer = plain_adamw(model.to(DEVICE).parameters(), model.embedding.weight, OPTIMIZER)
     losses, norms, by_part = [], [], []
     for step in range(steps):
@@ -173,12 +178,12 @@ def check(case: str, steps: int, world: World) -> str:
     way, name, checkpointing, accumulation, precision = case.split()
     settings, accumulation = EngineSettings(**WAYS[way], precision=precision), int(accumulation[:-1])
     tolerance = (CHAIN_TOLERANCE if name == "chain" else TOLERANCE)[precision]
-    losses, norms, by_part, weights, nll = plain_run(name, steps)
+    losses, norms, by_part, weights, nll = plain_run(name, steps, core_layers(settings))
     torch._dynamo.reset()  # compiled code is kept for each function, and the case before has filled its place
     micro, exact = GLOBAL // accumulation // world.size, precision == "fp32"
 
     def start():
-        model, objective = build(name, checkpointing == "checkpointed")
+        model, objective = build(name, checkpointing == "checkpointed", core_layers(settings))
         return build_engine(settings, model, objective, OPTIMIZER, micro, accumulation, world)
 
     def train(engine, first: int, last: int) -> list[tuple[float, float]]:
