@@ -31,8 +31,9 @@ DEPTHS_LOOKED_AT = 100_000
 class Passes:
     """How passes compute, as far as it bears on what they hold.
 
-    number: bytes of a number that products are computed in; stored: of one of the weights that run. device: `cuda` or `cpu`. compiled:
-    whether by torch.compile; apart: and then, whether layers that an engine has hooks around are compiled each by itself.
+    number: bytes of a number that is kept; stored: of one of the weights that run. device: `cuda` or `cpu`. compiled: whether by
+    torch.compile; apart: and then, whether layers that an engine has hooks around are compiled each by itself; float8: and then, whether
+    the layers' products take fp8.
     """
 
     number: int
@@ -40,13 +41,15 @@ class Passes:
     device: str
     compiled: bool = False
     apart: bool = False
+    float8: bool = False
 
     @classmethod
     def of(cls, config: Config, device: torch.device) -> "Passes":
         """Those of a config's engine."""
         engine, number = config.engine, config.engine.dtype(device).itemsize
         casts = engine.name == "fsdp" or (engine.name == "deepspeed" and engine.zero_stage > 0)  # the others run fp32 under autocast
-        return cls(number, number if casts else FP32, device.type, engine.compile, engine.compile and engine.name == "fsdp")
+        apart = engine.compile and engine.name == "fsdp"
+        return cls(number, number if casts else FP32, device.type, engine.compile, apart, engine.precision == "fp8")
 
 
 def most_trained_iterations(objective: BackpropagationThroughTime, seed: int, steps: int) -> int:
@@ -87,6 +90,8 @@ def _kept(model: ModelConfig, passes: Passes) -> _Kept:
     width, mlp, number, sums = model.width, model.mlp_width, passes.number, FP32 * model.heads
     if passes.compiled:  # of its norms the two sums after attention and MLP, and a number for each: all is scaled again from these
         layer = number * (11 * width + 3 * mlp) + 4 * FP32 + sums
+        if passes.float8:  # what goes into the four products is rounded anew, from what it was made of
+            layer -= number * (3 * width + mlp)
         return _Kept(layer, layer, number * width, 2 * FP32)
     norm = _norm(width, passes.device)
     layer = 4 * norm + number * (9 * width + 4 * mlp) + sums

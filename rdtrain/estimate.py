@@ -17,6 +17,7 @@ from .activations import BF16, FP32, Passes, activation_bytes, embedding_gradien
 from .config import Config
 from .distributed import World
 from .engine.deepspeed_config import BUCKET, LIVE, PERSISTENT
+from .engine.float8 import multiplied_in_float8
 from .model.layers import SandwichBlock
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective
@@ -51,6 +52,7 @@ class Shares:
     persistent: those that ZeRO-3 leaves whole once it has gathered them.
     core: of the cores.
     coda: of the coda's layers, whose gradients come first.
+    products: of those maps that engine.precision=fp8 has multiply in fp8; of the active block alone.
     largest: of the largest parameter.
     root: FSDP: what stays gathered from the start of a pass to its end.
     layers: FSDP: what is gathered for each layer, and again for its backward pass; of the active block alone.
@@ -66,6 +68,7 @@ class Shares:
     persistent: int
     core: int
     coda: int
+    products: int
     largest: int
     root: int
     layers: int
@@ -96,6 +99,7 @@ class Shares:
         sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         idle_layers = sum(size for layer, size in zip(layers, sizes) if id(next(layer.parameters())) in idle)
         whole = sum(parameter.numel() for parameter in everything)
+        products = [linear.weight for linear in multiplied_in_float8(model)]
         messages = [0]
         for group in groups:
             messages[-1] += sum(parameter.numel() for parameter in group)
@@ -110,6 +114,7 @@ class Shares:
             persistent=sum(parameter.numel() for parameter in everything if parameter.numel() <= PERSISTENT),
             core=sum(parameter.numel() for parameter in model.cores.parameters()),
             coda=sum(parameter.numel() for parameter in model.coda_layers.parameters()),
+            products=sum(weight.numel() for weight in products if id(weight) not in idle),
             largest=max(parameter.numel() for parameter in everything),
             root=whole - sum(sizes),
             layers=sum(sizes) - idle_layers,
@@ -183,10 +188,11 @@ def engine_memory(shares: Shares, config: Config, number: int, accumulation: int
     number: bytes of a number that passes compute in. What follows from the micro-batch is left at 0.
     """
     engine, whole, part = config.engine, shares.whole, shares.part
+    in_float8 = shares.products if engine.precision == "fp8" else 0  # rounded where they are used, and not kept
     if engine.name == "torch":
         return Memory(
             weights=FP32 * whole, gradients=FP32 * shares.active, optimizer_state=2 * FP32 * whole,
-            gathered=BF16 * whole if number == BF16 else 0,
+            gathered=BF16 * (whole - in_float8) if number == BF16 else 0,
         )
     if engine.name == "fsdp":
         held = shares.root + 2 * shares.largest_layer  # one layer runs while the next is gathered
@@ -199,13 +205,13 @@ def engine_memory(shares: Shares, config: Config, number: int, accumulation: int
         held = shares.active
         return Memory(
             weights=FP32 * held, gradients=FP32 * (held + 1), optimizer_state=2 * FP32 * held,
-            gathered=BF16 * held if number == BF16 else 0, standing=FP32 * (held + 1),
+            gathered=BF16 * (held - in_float8) if number == BF16 else 0, standing=FP32 * (held + 1),
         )
     stage = engine.zero_stage
     if stage == 0:
         return Memory(
             weights=FP32 * whole, gradients=FP32 * whole, optimizer_state=2 * FP32 * whole,
-            gathered=BF16 * whole if number == BF16 else 0, messages=FP32 * min(BUCKET, whole),
+            gathered=BF16 * (whole - in_float8) if number == BF16 else 0, messages=FP32 * min(BUCKET, whole),
         )
     run = number * (part + shares.persistent if stage == 3 else whole)
     gathered = number * min(LIVE, whole) if stage == 3 and part < whole else 0  # one rank runs its part as it is

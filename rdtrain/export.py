@@ -58,8 +58,8 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
         _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
-    with_transformers = ", and its class for transformers the same tokens" if transformers_5() else "; transformers 5 is not here to try its class"
-    print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit{with_transformers}")
+    tried = "and its class for transformers the same tokens" if transformers_5() else "and transformers 5 is not here to try its class"
+    print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit, {tried}")
 
 
 def write_folder(folder: Path, config: dict, model: recurrent.RecurrentDepthLM, tokenizer: Path, shard_bytes: float = SHARD_BYTES) -> None:

@@ -60,6 +60,7 @@ NOT_RUN = {
     "bash launch/test.sh": "it runs these tests",
     "bash launch/learning_rates.sh": "it trains the quickstart ten times, more than half an hour on two cores",
     "bash launch/quality.sh": "it needs a GPU, for minutes to hours a stage",
+    "bash launch/performance.sh": "it needs a GPU, for minutes a stage; what it runs is `rdtrain bench`",
     "--launcher pdsh": "it needs pdsh and ssh",
     "pip install": "launch/environment.sh has installed what the tests need",
     "pip list": "it shows packages, and is pip's own",

@@ -37,14 +37,19 @@ def refuse_float8(device: torch.device, settings: ModelSettings) -> None:
     _torchao()
 
 
+def multiplied_in_float8(model: RecurrentDepthLM) -> list[nn.Linear]:
+    """The linear maps whose products are in fp8."""
+    holders = [module for module in model.modules() if isinstance(module, (Attention, GatedMLP, Core))]
+    return [module for holder in holders for module in holder.children() if isinstance(module, nn.Linear)]
+
+
 def use_float8(model: RecurrentDepthLM, emulate: bool = False) -> None:
     """Put torchao's linear maps in the place of the layers' own, around the same weights; before the model is compiled or sharded.
 
     emulate: round to fp8, but multiply in the dtype that there was before, as any device can: for tests. UserError without torchao.
     """
     float8 = _torchao()
-    maps = {id(module) for holder in model.modules() if isinstance(holder, (Attention, GatedMLP, Core))
-            for module in holder.children() if isinstance(module, nn.Linear)}
+    maps = {id(module) for module in multiplied_in_float8(model)}
     config = float8.Float8LinearConfig.from_recipe_name(RECIPE)
     config = replace(config, emulate=emulate, pad_inner_dim=True)  # a micro-batch may have any number of positions
     float8.convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: id(module) in maps)
