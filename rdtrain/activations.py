@@ -107,14 +107,19 @@ def _checkpointed(kept: _Kept, how: str, model: ModelConfig, number: int) -> _Ke
     return _Kept(layer, layer, 0, kept.norms, kept.conditioned - layer)
 
 
+def readout_bytes(model: ModelConfig, objective: Objective, passes: Passes) -> float:
+    """An estimate of what coda and head save of that, for each token: what the backward pass is done with first."""
+    kept = _checkpointed(_kept(model, passes), objective.layer_checkpointing, model, passes.number)
+    return kept.part + model.coda_layers * kept.conditioned + kept.norms + passes.number * model.width
+
+
 def activation_bytes(model: ModelConfig, objective: Objective, passes: Passes, seed: int, steps: int) -> float:
     """An estimate of the bytes that a forward pass saves for its backward pass, for each token of a micro-batch; what does not grow with
     tokens, the gradient of the embedding, apart."""
     width, number, unrolled = model.width, passes.number, isinstance(objective, BackpropagationThroughTime)
     kept = _checkpointed(_kept(model, passes), objective.layer_checkpointing, model, number)
     iteration = 2 * number * width + kept.part + model.core_layers * kept.conditioned
-    readout = kept.part + model.coda_layers * kept.conditioned + kept.norms + number * width
-    once = kept.part + model.prelude_layers * kept.layer + readout + kept.inside
+    once = kept.part + model.prelude_layers * kept.layer + readout_bytes(model, objective, passes) + kept.inside
     if passes.apart and objective.layer_checkpointing != "none":  # both inputs of the norm around the coda
         once += 2 * number * width
     elif passes.apart:  # the output of a layer, or of that norm, is computed again only where what follows is compiled with it

@@ -13,7 +13,17 @@ from typing import Literal
 
 import torch
 
-from .activations import BF16, FP32, Passes, activation_bytes, embedding_gradient_bytes, loss_bytes, mask_bytes
+from .activations import (
+    BF16,
+    FP32,
+    Passes,
+    activation_bytes,
+    embedding_gradient_bytes,
+    loss_bytes,
+    mask_bytes,
+    most_trained_iterations,
+    readout_bytes,
+)
 from .config import Config
 from .distributed import World
 from .engine.deepspeed_config import BUCKET, LIVE, PERSISTENT
@@ -21,6 +31,7 @@ from .engine.float8 import multiplied_in_float8
 from .model.layers import SandwichBlock
 from .model.recurrent import ModelConfig, RecurrentDepthLM
 from .objectives import Objective
+from .objectives.bptt import BackpropagationThroughTime
 from .optimization import build_optimizer
 
 
@@ -134,6 +145,8 @@ class Memory:
     messages: buffers that gradients are sent from, or are put together in.
     activations: an estimate of what a forward pass leaves for its backward pass.
     loss: an estimate of what is there besides while the loss is taken, logits above all.
+    repeated: of BPTT with checkpointed iterations, one of which `activations` has with its inside: the gradients of core and coda, which are
+        there besides once the second iteration is computed again, less what the coda had kept. Of plain PyTorch alone, where it was measured.
     embedding_gradients: two of the tied embedding's, as input and as head, which a backward pass adds last.
     standing: of the gradients, what is allocated before there are any.
     at_first_message: ZeRO-2: what passes, gradients and messages take when the first message is full and the sums are allocated.
@@ -148,6 +161,7 @@ class Memory:
     messages: int = 0
     activations: int = 0
     loss: int = 0
+    repeated: int = 0
     embedding_gradients: int = 0
     host_weights: int = 0
     host_gradients: int = 0
@@ -158,20 +172,23 @@ class Memory:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """Each kind by its name; `standing` is among the gradients."""
-        return {name: value for name, value in vars(self).items() if name not in ("standing", "at_first_message", "messages_come")}
+        """Each kind by its name; `standing` and `repeated` are among the gradients."""
+        moments = ("standing", "repeated", "at_first_message", "messages_come")
+        return {name: value for name, value in vars(self).items() if name not in moments}
 
     @property
     def passes(self) -> int:
-        """What the passes of a micro-batch take, gradients and messages apart: the most of it is there as the loss is taken."""
-        return self.activations + self.loss + self.gathered
+        """What the passes of a micro-batch take, messages and the gradients of earlier ones apart: the most of it is there as the loss is
+        taken, or as a checkpointed iteration is computed again."""
+        return self.activations + max(self.loss, self.repeated) + self.gathered
 
     def peak(self, accumulation: int) -> int:
         """The most in the device's memory at any moment of a step of so many micro-batches. Gradients come as activations go, so with one
         micro-batch they are no further term but where they are standing; a later one finds those of the first there. The first gradient
         finds nearly all activations, and nothing of the loss any more."""
         standing, early = (self.messages if self.messages_come == when else 0 for when in ("standing", "early"))
-        in_passes = self.activations + self.gathered + max(self.loss, early) + (self.gradients if accumulation > 1 else self.standing)
+        before = self.gradients if accumulation > 1 else self.standing
+        in_passes = self.activations + self.gathered + max(self.loss + before, early + before, self.repeated + self.standing)
         last = (self.embedding_gradients, self.messages)
         at_end = self.gradients + (max(last) if self.messages_come == "after" else sum(last))
         return self.weights + self.optimizer_state + max(in_passes + standing, at_end, self.at_first_message)
@@ -293,6 +310,10 @@ def rank_memory(shares: Shares, model: ModelConfig, config: Config, objective: O
     memory.activations = round(tokens * activation_bytes(model, objective, passes, config.run.seed, steps))
     memory.activations += embedding_gradient_bytes(model, passes.stored) + mask_bytes(model, passes.number, tokens, length)
     memory.loss = loss_bytes(model, objective, passes, tokens)
+    repeats = isinstance(objective, BackpropagationThroughTime) and objective.activation_checkpointing and config.engine.name == "torch"
+    if repeats and most_trained_iterations(objective, config.run.seed, steps) > 1:
+        kept = tokens * readout_bytes(model, objective, passes)
+        memory.repeated = max(0, round(FP32 * (shares.core + shares.coda) - kept))
     if config.engine.cuda_graph:
         memory.gradients += passes.stored * shares.active
         memory.standing += passes.stored * shares.active
