@@ -145,8 +145,8 @@ class Memory:
     messages: buffers that gradients are sent from, or are put together in.
     activations: an estimate of what a forward pass leaves for its backward pass.
     loss: an estimate of what is there besides while the loss is taken, logits above all.
-    repeated: of BPTT with checkpointed iterations, one of which `activations` has with its inside: the gradients of core and coda, which are
-        there besides once the second iteration is computed again, less what the coda had kept. Of plain PyTorch alone, where it was measured.
+    repeated: of BPTT with checkpointed iterations, one of which `activations` has with its inside: the gradients of core and coda, which
+        are there besides once the second iteration is computed again, less what the coda had kept. Of plain PyTorch, where it was measured.
     embedding_gradients: two of the tied embedding's, as input and as head, which a backward pass adds last.
     standing: of the gradients, what is allocated before there are any.
     at_first_message: ZeRO-2: what passes, gradients and messages take when the first message is full and the sums are allocated.

@@ -14,6 +14,7 @@ import rdtrain.bench.command as command
 from rdtrain.bench.arms import cases
 from rdtrain.bench.command import BenchSettings, bench
 from rdtrain.bench.measure import Effort, step_flops
+from rdtrain.bench.stages import collect, page
 from rdtrain.bench.trace import covered, lengths
 from rdtrain.config import load_config, override
 from rdtrain.distributed import World
@@ -56,8 +57,8 @@ def test_arms_one_after_another_with_their_memory_and_one_that_does_not_fit(conf
         assert memory["weights"] == memory["gradients"] == 4 * n and not row["skipped_steps"]
         assert 8 * n <= memory["optimizer_state"] <= 8 * n + 4 * 200  # and a step count for each parameter
         assert memory["peak"] == pytest.approx(12 * n + memory["passes"], rel=0.01)
-        assert memory["peak"] == pytest.approx(row["estimate"]["peak"], rel=0.1 if row is not truncated else 0.4)
-        assert memory["passes"] == pytest.approx(row["estimate"]["passes"], rel=0.1 if row is not truncated else 0.4)
+        assert memory["peak"] == pytest.approx(row["estimate"]["peak"], rel=0.1 if row is not truncated else 0.2)
+        assert memory["passes"] == pytest.approx(row["estimate"]["passes"], rel=0.1 if row is not truncated else 0.3)
         assert row["tokens_per_second"] == pytest.approx(8 * 16 / row["step_seconds"]["median"])
         assert row["model_flops_per_second"] == pytest.approx(row["model_flops"] / row["step_seconds"]["median"])
         assert row["mfu"] is row["busy_seconds"] is row["memory"]["reserved"] is None
@@ -67,10 +68,24 @@ def test_arms_one_after_another_with_their_memory_and_one_that_does_not_fit(conf
     assert float(times[0]) == pytest.approx(blocks["tokens_per_second"] / full["tokens_per_second"], abs=0.006)
     assert float(times[1]) == pytest.approx(full["memory"]["peak"] / blocks["memory"]["peak"], abs=0.006)
 
+    stage = page(collect(tmp_path))
+    assert "bash launch/performance.sh out" in stage
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in stage.splitlines() if line.startswith("|")]
+    of_arm = {name: found for name, *found in cells}
+    assert float(of_arm["full"][-2]) == pytest.approx(float(times[0]), abs=0.02)
+    assert of_arm["full model.mlp_width=10000000000000"][2] == "out of memory"
+    assert of_arm["blocks"][1] == "8 x 16" and of_arm["blocks"][6] == "-"
+    assert float(of_arm["blocks"][2]) == pytest.approx(1e3 * blocks["step_seconds"]["median"], abs=0.06)
+
     monkeypatch.setattr(command, "measure", None)  # which is not called again
     assert bench(config, dataclasses.replace(settings, resume=True)) == text
     with pytest.raises(UserError, match="with other options"):
         bench(config, dataclasses.replace(settings, resume=True, effort=Effort(warmup=1, steps=4)))
+    (tmp_path / "out/bench.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read .*: remove it, and measure that stage again"):
+        collect(tmp_path)
+    with pytest.raises(UserError, match="nothing has been measured in"):
+        collect(tmp_path / "out")
 
 
 def test_a_sweep_with_shards_and_a_profile(tiny_config, tmp_path, rdtrain):
