@@ -116,7 +116,7 @@ class DenoisingChain(Chain):
             self._levels = [
                 NoiseLevel.at(model, torch.full((1, 1), sigma, device=weight.device), self._sigma_data) for sigma in levels[:-1]
             ]
-            self._targets = model.unit_embeddings()
+            self._targets = model.unit_embeddings().to(weight.dtype)  # all are read in each iteration
         self._inverse_lengths = model.inverse_lengths() if model.config.posterior_readout else None
         self._states: list[Tensor | None] = [None] * iterations  # without a cache
 
@@ -155,7 +155,8 @@ class DenoisingChain(Chain):
                     known, read = known[stay], read[stay]
             if not last:
                 if model.config.self_conditioning:  # every position is told, as in training
-                    previous = self._logits(read, evidence, k, False, False).float().softmax(-1) @ self._targets
+                    posterior = self._logits(read, evidence, k, False, False).float().softmax(-1)
+                    previous = (posterior.to(self._targets.dtype) @ self._targets).float()
                 z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
         return self._end(exits, logits[:, 0])
 

@@ -69,9 +69,9 @@ def ancestral_step(z: Tensor, target: Tensor, eps: Tensor, sigma: float, sigma_n
 class Solver:
     """The way of positions [B, n] down the levels; made anew for each. z is [B, n, d].
 
-    unit_embeddings: [V, d], the target of each token. random: the positions' random numbers, of which iteration k, from 0, has two
-    purposes of its own: ITERATION + 2 k and the next. top_k: the likeliest tokens of which D is the mean, or x is drawn; 0: all. With few
-    rows, where a product with all targets takes as long as the head, it saves that.
+    unit_embeddings: [V, d], the target of each token, in the dtype that their products are taken in. random: the positions' random numbers,
+    of which iteration k, from 0, has two purposes of its own: ITERATION + 2 k and the next. top_k: the likeliest tokens of which D is the
+    mean, or x is drawn; 0: all. With few rows, where a product with all targets takes as long as the head, it saves that.
     """
 
     def __init__(self, unit_embeddings: Tensor, random: PositionRandom, top_k: int = 0):
@@ -88,9 +88,10 @@ class Solver:
     def expected(self, logits: Tensor) -> Tensor:
         """D, the expected target under logits [..., V] -> [..., d]."""
         if not self.top_k:
-            return logits.softmax(-1) @ self.unit_embeddings
+            return (logits.softmax(-1).to(self.unit_embeddings.dtype) @ self.unit_embeddings).to(logits.dtype)
         logits, tokens = logits.topk(self.top_k)
-        return (logits.softmax(-1).unsqueeze(-2) @ self.unit_embeddings[tokens]).squeeze(-2)
+        weights = logits.softmax(-1).to(self.unit_embeddings.dtype).unsqueeze(-2)
+        return (weights @ self.unit_embeddings[tokens]).squeeze(-2).to(logits.dtype)
 
     def drawn(self, logits: Tensor, purpose: int) -> Tensor:
         """Tokens [...] drawn from softmax(logits [..., V])."""

@@ -70,6 +70,15 @@ def test_many_steps_approach_the_analytic_flow_of_gaussian_data_with_first_order
     assert fine < coarse / 2.5
 
 
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_the_expected_target_in_bf16_is_off_by_its_rounding_alone(top_k):
+    targets, logits = torch.nn.functional.normalize(draw(500, 64, seed=7), dim=-1), 4 * draw(8, 1, 500, seed=8)
+    exact, rough = (SOLVERS["euler"](table, None, top_k).expected(of) for table, of in
+                    ((targets, logits), (targets.bfloat16(), logits.float())))
+    assert rough.dtype == torch.float32 and rough.shape == (8, 1, 64)
+    assert 0 < (rough - exact).norm(dim=-1).max() < 3 * 2**-9  # weights, targets of length one, and the sum, each by 2^-9 at most
+
+
 class Toy:
     """Six targets of length one in four dimensions, with a prior: the exact logits at any noise level are those of Bayes' rule."""
 
