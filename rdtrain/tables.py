@@ -1,4 +1,6 @@
-"""Numbers and tables as people read them in a terminal."""
+"""Numbers and tables as people read them, in a terminal and in Markdown."""
+
+from collections.abc import Iterable
 
 
 def columns(lines: list[list[str]]) -> str:
@@ -7,6 +9,11 @@ def columns(lines: list[list[str]]) -> str:
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines
     )
+
+
+def markdown_lines(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def bytes_text(count: float) -> str:

@@ -1,6 +1,6 @@
 """What generation costs, as people read it: tables of arms against K, and what the weights' reading alone would take."""
 
-from ..tables import bytes_text
+from ..tables import bytes_text, markdown_lines
 
 HEADLINE = 32  # iterations at which the time of a single text is held against that of reading the weights
 
@@ -50,12 +50,12 @@ def _model(name: str, rows: list[dict], bandwidth: float) -> list[str]:
                         lambda row: f"{row['layers']}, {row['parameters'] / 1e6:,.4g}M", ran=False)
     looked = [row for row in rows if row["launches"]]
     if looked:
-        lines += ["| what a token is | K | batch | ms | device busy, ms | kernels | costliest |", "| " + " | ".join(["---"] * 7) + " |"]
-        lines += [
-            f"| {row['arm']} | {row['iterations']} | {row['batch']} | {1e3 * row['token_seconds']:.2f} | {1e3 * row['busy_seconds']:.2f} | "
-            f"{row['launches']:,.0f} | {_costliest(row)} |" for row in looked if row["busy_seconds"]
+        cells = [
+            [row["arm"], f"{row['iterations']}", f"{row['batch']}", f"{1e3 * row['token_seconds']:.2f}", f"{1e3 * row['busy_seconds']:.2f}",
+             f"{row['launches']:,.0f}", _costliest(row)] for row in looked if row["busy_seconds"]
         ]
-        lines.append("")
+        header = ["what a token is", "K", "batch", "ms", "device busy, ms", "kernels", "costliest"]
+        lines += [*markdown_lines(header, cells), ""]
     return lines
 
 
@@ -70,25 +70,24 @@ def _costliest(row: dict) -> str:
 
 
 def _headline(rows: list[dict], bandwidth: float) -> list[str]:
-    lines = ["| at batch 1 | K | ms a token | times reading all weights once an iteration | times reading those that run |",
-             "| --- | --- | --- | --- | --- |"]
+    header = ["at batch 1", "K", "ms a token", "times reading all weights once an iteration", "times reading those that run"]
+    lines = []
     for row in rows:
         times = times_of_reading(row, bandwidth)
         if row["batch"] == 1 and times is not None and row["iterations"] == HEADLINE:
-            lines.append(f"| {row['arm']} | {row['iterations']} | {1e3 * row['token_seconds']:.2f} | {times[0]:.2f} | {times[1]:.2f} |")
-    return [*lines, ""] if len(lines) > 2 else []
+            lines.append([row["arm"], f"{row['iterations']}", f"{1e3 * row['token_seconds']:.2f}", f"{times[0]:.2f}", f"{times[1]:.2f}"])
+    return [*markdown_lines(header, lines), ""] if lines else []
 
 
 def _table(title: str, rows: list[dict], show, ran: bool = True) -> list[str]:
     """Rows of (arm, batch), columns of K. ran: whether only what was run can be shown."""
     iterations = sorted({row["iterations"] for row in rows})
-    lines = [f"| {title} | batch | " + " | ".join(f"K = {k}" for k in iterations) + " |"]
-    lines.append("| " + " | ".join(["---"] * (len(iterations) + 2)) + " |")
+    lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         for batch in sorted({row["batch"] for row in rows if row["arm"] == arm}):
             cells = []
             for k in iterations:
                 found = [row for row in rows if (row["arm"], row["batch"], row["iterations"]) == (arm, batch, k)]
                 cells.append("" if not found else "out of memory" if ran and found[0]["out_of_memory"] else show(found[0]))
-            lines.append(f"| {arm} | {batch} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+            lines.append([arm, f"{batch}", *cells])
+    return [*markdown_lines([title, "batch", *(f"K = {k}" for k in iterations)], lines), ""]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..data.output import write_atomically
 from ..errors import UserError, user_errors_as_exit
+from ..tables import markdown_lines
 
 GIB = 2**30
 KINDS = ("peak", "reserved", "weights", "gradients", "optimizer_state", "activations", "passes")
@@ -59,8 +60,7 @@ def page(rows: list[dict]) -> str:
         first = of_stage[0]
         lines += [f"## {stage}", "", f"    bash launch/performance.sh {stage.split('-')[0]}", ""]
         lines += [f"{first['day']}, commit {first['commit'] or 'unknown'}, {first['device']}, torch {first['torch']}.", ""]
-        table = [HEADER, ["---"] * len(HEADER), *(_cells(row, of_stage) for row in of_stage)]
-        lines += [*("| " + " | ".join(cells) + " |" for cells in table), ""]
+        lines += [*markdown_lines(HEADER, (_cells(row, of_stage) for row in of_stage)), ""]
     return "\n".join(lines)
 
 

@@ -28,9 +28,9 @@ from pathlib import Path
 from ..config import Config, build, config_to_yaml, load_config, override, read_yaml
 from ..data.output import write_atomically
 from ..errors import UserError
-from ..tables import bytes_text
+from ..tables import bytes_text, markdown_lines
 from .plots import plot_parts
-from .report import compare, markdown_table
+from .report import compare
 from .samples import side_by_side
 
 RDTRAIN = [sys.executable, "-m", "rdtrain.cli"]
@@ -216,9 +216,8 @@ def _step_table(measured: dict[str, dict], output: Path) -> str:
         mfu = "-" if found["mfu"] is None else f"{found['mfu']:.1%}"
         sizes = ["-" if each is None else bytes_text(each) for each in (found["memory"].get(kind) for kind in kinds)]
         rows.append([arm, step, f"{found['tokens_per_second']:,.0f}", mfu, busy, host, *sizes])
-    table = [header, ["---"] * len(header), *rows]
     by = "By `rdtrain bench`, in one process; its documentation says what each column is."
-    lines = ["## A step", "", markdown_table(table), "", by, ""]
+    lines = ["## A step", "", *markdown_lines(header, rows), "", by, ""]
     plot = ["![memory of a step, by kind](memory-by-kind.png)", ""] if memory else []
     return "\n".join(["", *lines, *plot])
 

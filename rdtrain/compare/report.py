@@ -15,6 +15,7 @@ import numpy as np
 from ..data.output import write_atomically
 from ..errors import UserError
 from ..html_page import write_html
+from ..tables import markdown_lines
 from .plots import plot_nll, plot_parts
 from .runs import Arm, read_arm
 
@@ -64,9 +65,9 @@ def _report(arms: list[Arm]) -> str:
         ("machine", lambda arm: f"{arm.machine}, {arm.ranks} ranks, {arm.precision}"),
     ]
     header = ["", *(arm.name for arm in arms)]
-    table = [header, ["---"] * len(header)] + [[label, *map(value, arms)] for label, value in rows]
-    text = ["# Comparison", "", *headline(arms), markdown_table(table), "", *_ratios(arms)]
-    text += ["## Held-out NLL against training FLOPs", "", markdown_table(_curves(arms)), ""]
+    table = markdown_lines(header, ([label, *map(value, arms)] for label, value in rows))
+    text = ["# Comparison", "", *headline(arms), *table, "", *_ratios(arms)]
+    text += ["## Held-out NLL against training FLOPs", "", *_curves(arms), ""]
     text += [f"![held-out NLL against training {name}](nll-against-{name.lower()}.png)\n" for name in ("FLOPs", "time")]
     text += [
         "Held-out NLL is taken from pure noise for denoising blocks (one iteration at sigma_max) and after all K iterations for an "
@@ -91,7 +92,7 @@ def _step_time(arms: list[Arm]) -> list[str]:
         parts = [f"{1000 * seconds:.1f} ({seconds / whole:.0%})" for seconds in arm.step_parts.values()]
         rows.append([arm.name, f"{1000 * whole:.1f}", *parts])
     text = [
-        "## Where the time of a step goes", "", markdown_table([header, ["---"] * len(header), *rows]), "",
+        "## Where the time of a step goes", "", *markdown_lines(header, rows), "",
         "![where the time of a step goes](step-time.png)", "",
         "Milliseconds, and shares of the step, as the runs recorded them after their first record. Forward passes are those of the steps "
         "that were logged. The rest is backward passes, messages between ranks, the optimizer, and what the host does in between. Of "
@@ -100,11 +101,6 @@ def _step_time(arms: list[Arm]) -> list[str]:
     if len(recorded) < len(arms):
         text.append(f"Not recorded by {', '.join(arm.name for arm in arms if arm.step_parts is None)}.")
     return [*text, ""]
-
-
-def markdown_table(table: list[list[str]]) -> str:
-    """Rows of cells as Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
 def headline(arms: list[Arm]) -> list[str]:
@@ -189,11 +185,11 @@ def _within(arm: Arm, flops: float) -> float:
     return [nll for budget, _, nll in arm.curve if budget <= flops * (1 + 1e-9)][-1]
 
 
-def _curves(arms: list[Arm], points: int = 8) -> list[list[str]]:
+def _curves(arms: list[Arm], points: int = 8) -> list[str]:
     budget = min(arm.training_flops for arm in arms)
     header = ["training FLOPs", *(arm.name for arm in arms)]
     rows = [
         [f"{flops:.4g}", *(f"{_within(arm, flops):.4f}" for arm in arms)]
         for flops in np.linspace(budget / points, budget, points)
     ]
-    return [header, ["---"] * len(header), *rows]
+    return markdown_lines(header, rows)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..data.output import write_atomically
 from ..errors import UserError, user_errors_as_exit
-from ..tables import bytes_text
-from .report import headline, markdown_table, mean, repetitions, spread
+from ..tables import bytes_text, markdown_lines
+from .report import headline, mean, repetitions, spread
 from .runs import Arm
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -76,7 +76,7 @@ def _table(days: dict[tuple[str, str], list[Arm]]) -> str:
         ]
         for (commit, _), arms in days.items() for runs in repetitions(arms).values()
     ]
-    return markdown_table([header, ["---"] * len(header), *rows])
+    return "\n".join(markdown_lines(header, rows))
 
 
 def _ratios(days: dict[tuple[str, str], list[Arm]]) -> list[str]:

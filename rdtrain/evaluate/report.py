@@ -5,8 +5,10 @@ side by side, each with the human text's.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+from ..tables import markdown_lines
 
 SIGMA_PLOT, FRONTIER_PLOT, ITERATIONS_PLOT = "cross-entropy-against-sigma.png", "frontier.png", "quality-against-iterations.png"
 
@@ -36,7 +38,7 @@ def _likelihood(models: list[dict], settings: dict) -> list[str]:
         for model in models
     ]
     header = ["model", "distribution", "parameters", "trained tokens", "NLL (nats/token)", "bits per byte", "dtype"]
-    text = ["## Held-out likelihood", "", *_table(header, rows), ""]
+    text = ["## Held-out likelihood", "", *markdown_lines(header, rows), ""]
     text += [f"{settings['shards']}: at most {settings['sequences']} sequences of {settings['sequence_length']} tokens.", ""]
     kinds = (
         (False, "NLL against K, unrolled models", ""),
@@ -48,7 +50,7 @@ def _likelihood(models: list[dict], settings: dict) -> list[str]:
         if chosen:
             curves = [{point["iterations"]: point["nll"] for point in model["by_iterations"]} for model in chosen]
             rows = [[str(k), *(_number(curve.get(k)) for curve in curves)] for k in sorted(set().union(*curves))]
-            text += [f"### {title}", "", *_table(["K", *(model["model"] for model in chosen)], rows), ""] + [note, ""] * bool(note)
+            text += [f"### {title}", "", *markdown_lines(["K", *(model["model"] for model in chosen)], rows), ""] + [note, ""] * bool(note)
     denoising = [model for model in models if model["denoising"]]
     if denoising:
         text += ["### Cross-entropy against the noise level, denoising models", ""]
@@ -56,7 +58,7 @@ def _likelihood(models: list[dict], settings: dict) -> list[str]:
         text += [f"![cross-entropy against sigma]({SIGMA_PLOT})", ""]
         for model in denoising:
             rows = [[f"{point['sigma']:.4g}", _number(point["cross_entropy"])] for point in model["cross_entropy_by_sigma"]]
-            text += [*_table(["sigma", f"{model['model']} (nats/token)"], rows), ""]
+            text += [*markdown_lines(["sigma", f"{model['model']} (nats/token)"], rows), ""]
     return text
 
 
@@ -92,7 +94,7 @@ def _texts(report: dict, settings: dict) -> list[str]:
             for place, scaling in enumerate(settings["mauve"]["scalings"])
         ]
     columns += [("ended", lambda one: f"{100 * one['ended']:.1f}%")]
-    text = ["## Text", "", *_table([name for name, _ in columns], [[value(one) for _, value in columns] for one in texts]), ""]
+    text = ["## Text", "", *markdown_lines([name for name, _ in columns], [[value(one) for _, value in columns] for one in texts]), ""]
     shown = ("iterations", "temperature", *_varying(texts))
     others = {name: value for name, value in first["setting"].items() if name not in shown}
     text += [
@@ -136,10 +138,6 @@ def _distinct(diversity: dict) -> str:
 
 def _mauve(score: dict, place: int) -> str:
     return f"{score['mauve'][place]:.4f}{_error(score['standard_deviation'][place])}"
-
-
-def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def write_plots(report: dict, output: Path) -> None:

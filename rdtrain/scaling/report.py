@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError, user_errors_as_exit
 from ..hardware import NETWORK
-from ..tables import bytes_text
+from ..tables import bytes_text, markdown_lines
 from .findings import Findings, Row
 from .jobs import room_of
 
@@ -14,16 +14,11 @@ GIB = 2**30
 PROJECTED = (8, 64, 512, 1024)
 
 
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
 def page(findings: Findings) -> str:
     """The whole page."""
     lines = ["# Scaling, as measured", "", *_facts(findings), "", "## Bars", ""]
     words = {True: "met", False: "**not met**", None: "not measured"}
-    lines += table(["bar", "found", ""], [[bar.what, bar.found or "-", words[bar.met]] for bar in findings.bars()])
+    lines += markdown_lines(["bar", "found", ""], [[bar.what, bar.found or "-", words[bar.met]] for bar in findings.bars()])
     for model in dict.fromkeys(row.model for row in findings.rows):
         rows = [row for row in findings.rows if row.model == model]
         lines += ["", f"## {model}", "", *_measured(findings, rows), "", *_missing(findings, rows), *_projection(findings, rows)]
@@ -64,9 +59,11 @@ def _measured(findings: Findings, rows: list[Row]) -> list[str]:
     if not made:
         return ["Nothing has been measured."]
     sources = sorted({f"{row.objective}: {findings.hfu(row)[1]}" for row in rows if row.found and findings.hfu(row)[0]})
-    return [*table(header, made), "", "Predicted times are `rdtrain plan`'s, at the HFU of each arm's own layout on one GPU or, where that "
-            f"was not measured, of another ({'; '.join(sources) or 'none is known'}). Sequences are of a GPU; weak scaling is of tokens/s "
-            "a GPU."]
+    note = (
+        "Predicted times are `rdtrain plan`'s, at the HFU of each arm's own layout on one GPU or, where that was not measured, of another "
+        f"({'; '.join(sources) or 'none is known'}). Sequences are of a GPU; weak scaling is of tokens/s a GPU."
+    )
+    return [*markdown_lines(header, made), "", note]
 
 
 def name_of(row: Row) -> str:
@@ -116,7 +113,7 @@ def _projection(findings: Findings, rows: list[Row]) -> list[str]:
         f"go at {NETWORK:g} GB/s a GPU, in rings without latency, behind computation (all hidden) or after it (none "
         "hidden).",
         "",
-        *table(header, lines), "",
+        *markdown_lines(header, lines), "",
     ]
 
 
@@ -128,7 +125,7 @@ def _losses(findings: Findings) -> list[str]:
     first = findings.losses[0]
     lines += [f"{first['steps']} steps of {first['config']}, bf16; the largest deviation of a step's loss from plain PyTorch in fp32 on "
               f"one process, relative. The limit is {limit:.1e}.", ""]
-    return lines + table(["processes", "layout", "deviation"], [[str(ranks), layout, f"{off:.1e}"] for ranks, layout, off in rows])
+    return lines + markdown_lines(["processes", "layout", "deviation"], [[str(ranks), layout, f"{off:.1e}"] for ranks, layout, off in rows])
 
 
 def _resume(findings: Findings) -> list[str]:
@@ -148,7 +145,7 @@ def _resume(findings: Findings) -> list[str]:
 def _tests(findings: Findings) -> list[str]:
     if not findings.equality:
         return ["## Tests", "", "Not run yet."]
-    return ["## Tests", "", *table(["test", ""], [[name, word] for name, word in findings.equality.items()])]
+    return ["## Tests", "", *markdown_lines(["test", ""], [[name, word] for name, word in findings.equality.items()])]
 
 
 def _percent(share: float | None) -> str:
