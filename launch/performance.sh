@@ -16,7 +16,7 @@
 #   bash launch/performance.sh width         with the width, at the 850M model's proportions
 #   bash launch/performance.sh length        850M: with the length of a sequence, to 16,384
 #   bash launch/performance.sh profile       traces of small and large, and their ten costliest kernels
-#   bash launch/performance.sh report        tables of all that has been measured, and performance.json
+#   bash launch/performance.sh report        tables, rows and plots of all that has been measured
 # FOLDER (runs/performance) is where everything goes; SETTINGS are more overrides, OPTIONS more options of `rdtrain bench`, for every stage.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -99,6 +99,7 @@ def test_a_sweep_with_shards_and_a_profile(tiny_config, tmp_path, rdtrain):
     assert sum(kernel["share"] for kernel in rows[0]["kernels"]) <= 1 and rows[0]["kernels"][0]["name"] in result.stdout
     assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "traces").glob("*.json.gz"))) == 2
+    assert [row["value"] for row in collect(tmp_path)] == ["1", "2"] and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "run").exists()
 
 

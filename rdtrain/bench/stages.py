@@ -1,7 +1,7 @@
 """What docs/results/performance.md is written from: `python -m rdtrain.bench.stages FOLDER` collects the stages of launch/performance.sh.
 
-It writes FOLDER/performance.json, a row for each measurement, and FOLDER/performance.md, a table for each stage. A row in which the
-percentiles lie far apart was disturbed: look at it before it is copied.
+It writes FOLDER/performance.json, a row for each measurement, FOLDER/performance.md, a table for each stage, and FOLDER/STAGE.png, a plot
+of each sweep, of one that is not complete too. A row in which the percentiles lie far apart was disturbed: look at it before it is copied.
 """
 
 import argparse
@@ -11,6 +11,8 @@ from pathlib import Path
 from ..data.output import write_atomically
 from ..errors import UserError, user_errors_as_exit
 from ..tables import markdown_lines
+from .measure import Measurement
+from .report import plot_sweep
 
 GIB = 2**30
 KINDS = ("peak", "reserved", "weights", "gradients", "optimizer_state", "activations", "passes")
@@ -21,12 +23,15 @@ HEADER = [
 
 
 def collect(folder: Path) -> list[dict]:
-    """All measurements of the stages in a folder, in ms, TFLOP/s and GiB. UserError where there are none, or they cannot be read."""
+    """All measurements of the stages in a folder, in ms, TFLOP/s and GiB, and plots of those that are sweeps. UserError where there are
+    none, or they cannot be read."""
     rows = []
     for path in sorted(folder.glob("*/bench.json")):
         try:
             report = json.loads(path.read_text())
             rows += [_row(path.parent.name, report["facts"], found) for found in report["measurements"]]
+            if report["swept"] is not None:
+                plot_sweep([Measurement(**found) for found in report["measurements"]], report["swept"], folder / f"{path.parent.name}.png")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): remove it, and measure that stage again") from None
     if not rows:
