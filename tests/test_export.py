@@ -17,7 +17,7 @@ from rdtrain.metrics import read_metrics
 from rdtrain.model.information import InformationCurve
 from rdtrain.model.noise import NoiseSchedule
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
-from rdtrain.objectives import build_objective
+from rdtrain.objectives import ObjectiveSettings, build_objective
 from rdtrain.randomness import SampleRandom
 from rdtrain.train import train
 
@@ -84,6 +84,25 @@ def test_the_folder_holds_the_packages_own_files_and_the_training_models_logits(
         f"| training FLOPs | {last['training_flops']:.3g} |", "| learning rate | 0.01 at its peak", "| engine | torch, 1 x ",
     )
     assert all(fact in card for fact in facts), card
+
+
+@pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)
+def test_rounding_in_bf16_is_no_difference_of_the_class_for_transformers(exported, tmp_path):
+    """Its cache has room for other positions, over which attention rounds otherwise, and large weights make other tokens of that."""
+    config = json.loads((exported / "config.json").read_text())
+    config["model"] |= {"width": 256, "mlp_width": 512, "prelude_layers": 2, "core_layers": 4, "coda_layers": 2}
+    config["dtype"] = "bfloat16"
+    noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
+    objective = build_objective(ObjectiveSettings(**config["objective"]), noise.settings, 4)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = RecurrentDepthLM(ModelConfig(**config["model"])).requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        export_module.write_folder(folder, config, model.bfloat16(), exported / "tokenizer.model")
+        export_module._verify(folder, model, noise, objective)
 
 
 def test_it_generates_text_where_rdtrain_cannot_be_imported(exported, alone):
