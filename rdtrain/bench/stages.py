@@ -25,17 +25,20 @@ HEADER = [
 def collect(folder: Path) -> list[dict]:
     """All measurements of the stages in a folder, in ms, TFLOP/s and GiB, and plots of those that are sweeps. UserError where there are
     none, or they cannot be read."""
-    rows = []
+    rows, sweeps = [], []
     for path in sorted(folder.glob("*/bench.json")):
         try:
             report = json.loads(path.read_text())
             rows += [_row(path.parent.name, report["facts"], found) for found in report["measurements"]]
             if report["swept"] is not None:
-                plot_sweep([Measurement(**found) for found in report["measurements"]], report["swept"], folder / f"{path.parent.name}.png")
+                found = [Measurement(**found) for found in report["measurements"]]
+                sweeps.append((found, report["swept"], folder / f"{path.parent.name}.png"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): remove it, and measure that stage again") from None
     if not rows:
         raise UserError(f"nothing has been measured in {folder}: start with `bash launch/performance.sh large`")
+    for sweep in sweeps:
+        plot_sweep(*sweep)
     return rows
 
 

@@ -155,8 +155,7 @@ class DenoisingChain(Chain):
                     known, read = known[stay], read[stay]
             if not last:
                 if model.config.self_conditioning:  # every position is told, as in training
-                    posterior = self._logits(read, evidence, k, False, False).float().softmax(-1)
-                    previous = (posterior.to(self._targets.dtype) @ self._targets).float()
+                    previous = model.expected_embedding(self._logits(read, evidence, k, False, False), self._targets)
                 z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
         return self._end(exits, logits[:, 0])
 

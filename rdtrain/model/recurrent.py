@@ -360,9 +360,10 @@ class RecurrentDepthLM(nn.Module):
     def expected_embedding(self, logits: Tensor, unit: Tensor | None = None) -> Tensor:
         """softmax(logits) @ unit embeddings: [..., V] -> fp32 [..., d], by a product in the dtype of autocast where that is on.
 
-        unit: `unit_embeddings`, where they are there already.
+        unit: `unit_embeddings`, where they are there already, in the dtype that the product is to be taken in elsewhere.
         """
-        return (logits.float().softmax(-1) @ (self.unit_embeddings() if unit is None else unit)).float()
+        unit = self.unit_embeddings() if unit is None else unit
+        return (logits.float().softmax(-1).to(unit.dtype) @ unit).float()
 
     @torch.no_grad()
     def read_embedding(self, state: Tensor, conditioning: Tensor | None, evidence: Tensor | None, mask: Tensor | None = None) -> Tensor:
