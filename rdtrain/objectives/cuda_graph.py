@@ -7,10 +7,11 @@ of the step would overwrite. Here gradients are copies.
 Memory that a graph works in stays its own between replays, so the allocator counts it as reserved, not as allocated: `captured_bytes`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.recurrent import RecurrentDepthLM
 
@@ -51,7 +52,7 @@ class CapturedPass:
     def _capture(self, model: RecurrentDepthLM, tensors: tuple[Tensor, ...]) -> None:
         CapturedPass.any_captured = True
         self._inputs = tuple(tensor.clone() for tensor in tensors)
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = trained(model)
         self._places = [parameter.data_ptr() for parameter in self.parameters]
         # Replays read the table of rotary angles, which a longer sequence would replace: this view keeps it.
         self._angles = model.rotary(0, tensors[0].shape[1] - 1, tensors[0].device)
@@ -59,24 +60,47 @@ class CapturedPass:
         self.seed = torch.ones((), device=tensors[0].device)
         dtype = torch.get_autocast_dtype("cuda")
         # The copies of weights that autocast would keep are made anew in each replay.
-        with torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+        with torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False), aliased(model) as aliases:
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
-                    self._differentiate(self._training_pass(model, *self._inputs)[0])
+                    self._differentiate(self._training_pass(model, *self._inputs)[0], aliases)
             torch.cuda.current_stream().wait_stream(aside)
             torch.cuda.empty_cache()  # of what only the warm-up needed
             # Other threads may allocate pinned memory meanwhile.
             with torch.cuda.graph(self.forward_graph, capture_error_mode="thread_local"):
                 value, losses = self._training_pass(model, *self._inputs)
             with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
-                self.gradients = self._differentiate(value)
+                self.gradients = self._differentiate(value, aliases)
         self.value, self.losses = value.detach(), losses
         torch.cuda.reset_peak_memory_stats(tensors[0].device)  # what was allocated for the capture is `captured_bytes` from here on
 
-    def _differentiate(self, value: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(value, self.parameters, self.seed, allow_unused=True)
+    def _differentiate(self, value: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(value, parameters, self.seed, allow_unused=True)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that gradients are of."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def aliased(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Others in the place of the `trained` parameters of a model meanwhile, with the same memory, in the same order.
+
+    Autograd waits for the stream on which it first met a parameter. DeepSpeed has it meet them all on the default stream, to hook into
+    their gradients, and a capture must not wait for that one ("would make the legacy stream depend on a capturing blocking stream").
+    """
+    aliases = {parameter: nn.Parameter(parameter.detach()) for parameter in trained(model)}
+    places = [(module, name, own) for module in model.modules() for name, own in module._parameters.items() if own in aliases]
+    try:
+        for module, name, own in places:
+            module._parameters[name] = aliases[own]
+        yield list(aliases.values())
+    finally:
+        for module, name, own in places:
+            module._parameters[name] = own
 
 
 class Replay(torch.autograd.Function):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from rdtrain.objectives.cuda_graph import CapturedPass
+from rdtrain.objectives.cuda_graph import CapturedPass, aliased, trained
 
 
 class Pretended(CapturedPass):
@@ -74,3 +74,33 @@ def test_what_a_graph_cannot_repeat_is_an_error(captured):
     model.weight.data = model.weight.detach().clone()
     with pytest.raises(RuntimeError, match="a parameter has moved in memory"):
         captured(model, torch.ones(4, 3))
+
+
+def test_a_capture_differentiates_by_aliases_that_nobody_has_hooked_into(build_model):
+    model = build_model(False)
+    model.final_norm.weight.requires_grad_(False)
+    ids, parameters = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0)), trained(model)
+
+    def passed():
+        return model.readout(model.prelude(ids)).logsumexp(-1).mean()
+
+    expected = torch.autograd.grad(passed(), parameters, allow_unused=True)
+    nodes = [parameter.expand_as(parameter).grad_fn.next_functions[0][0] for parameter in parameters]  # as DeepSpeed does
+    for parameter in parameters:
+        parameter.register_hook(lambda gradient: pytest.fail("the gradient of a parameter itself was asked for"))
+    with aliased(model) as aliases:
+        assert [alias.data_ptr() for alias in aliases] == [parameter.data_ptr() for parameter in parameters]
+        value, met = passed(), set()
+        waiting = [value.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in met:
+                met.add(node)
+                waiting += [following for following, _ in node.next_functions]
+        assert met.isdisjoint(nodes)
+        found = torch.autograd.grad(value, aliases, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="cut off"), aliased(model):
+        raise RuntimeError("cut off")
+    assert all(one is other for one, other in zip(trained(model), parameters, strict=True))
