@@ -66,11 +66,10 @@ def generation_flops(config: ModelConfig, iterations: int, length: int) -> float
     iteration.
 
     A denoising model reads out at every iteration, adds the evidence of its state, and makes the expected embedding of all iterations but
-    the last; what a noise level modulates is computed anew for each token, its embedding is not. Self-conditioning is not counted.
+    the last; what a noise level modulates is known before. Self-conditioning is not counted.
     """
     parts = forward_flops(config, length)
     if not config.noise_conditioning:
         return parts.prelude + iterations * parts.iterate + parts.readout
-    modulation = length * (config.core_layers + config.coda_layers) * parts.modulation
     heads = iterations - 1 + (iterations if config.posterior_readout else 0)
-    return parts.prelude + iterations * (parts.iterate + parts.readout + modulation) + heads * parts.head
+    return parts.prelude + iterations * (parts.iterate + parts.readout) + heads * parts.head

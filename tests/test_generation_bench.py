@@ -59,10 +59,9 @@ def test_cases_are_written_down_as_they_are_made_and_kept(settings, monkeypatch)
     report = measure_generation(settings, CPU)
     assert report == json.loads((settings.output / "generation.json").read_text(), object_hook=_whole_keys) and report["complete"]
     blocks, single, adaptive, _, plain, _ = report["measurements"]
-    layer = 4 * 32**2 + 3 * 32 * 48 + 4 * 32  # a layer's weights, and what a noise level adds to it
-    modulated = layer + 129 * 4 * 32
-    core, rest = 2 * 32**2 + 2 * modulated, modulated + 50 * 32 + 32 + 2 * 128 * 129
-    assert blocks["parameters"] == layer + core + rest and blocks["weight_bytes"] == 4 * blocks["parameters"]
+    layer, modulation = 4 * 32**2 + 3 * 32 * 48 + 4 * 32, 129 * 4 * 32
+    core, rest, noise = 2 * 32**2 + 2 * layer, layer + 50 * 32 + 32, 3 * modulation + 2 * 128 * 129  # which is known before
+    assert blocks["parameters"] == layer + core + rest + noise and blocks["weight_bytes"] == 4 * blocks["parameters"]
     assert blocks["read_bytes"] == 4 * (layer + 3 * (core + rest)) and blocks["layers"] == 1 + 3 * 3
     assert blocks["cache_bytes"] == 2 * single["cache_bytes"] == 2 * 2 * 11 * 32 * 4 * (1 + 3 * 3)
     assert plain["read_bytes"] == plain["weight_bytes"] and plain["cache_bytes"] == 2 * 2 * 11 * 32 * 4 * plain["layers"]

@@ -26,7 +26,7 @@ import torch
 from ..data.output import write_atomically
 from ..distributed import World
 from ..errors import UserError, first_line, out_of_memory, user_errors_as_exit
-from ..estimate import model_on_paper, parameters_by_part
+from ..estimate import model_on_paper
 from ..flops import generation_flops
 from ..model.decoding import Decoder, cache_bytes
 from ..model.noise import NoiseSchedule
@@ -105,11 +105,15 @@ def memory_bandwidth(device: torch.device, size: int | None = None) -> float:
 def read_bytes(model: RecurrentDepthLM, iterations: int, itemsize: int) -> int:
     """Bytes of weights that one token needs where nothing stays on the chip from one iteration to the next.
 
-    A denoising model runs one block's core, coda and head at every iteration; another the core alone.
+    A denoising model runs one block's core, coda and head at every iteration, but for what a noise level needs, which is known before;
+    another the core alone.
     """
-    parts = parameters_by_part(model)
-    core, once = parts["core"] // model.config.blocks, parts["prelude"]
-    rest = parts["coda"] + parts["embedding"] + parts["rest"]
+    parts = Counter()
+    for name, parameter in model.named_parameters():
+        if ".modulation." not in name and not name.startswith("noise_embedding."):
+            parts[name.partition(".")[0]] += parameter.numel()
+    once, core = parts.pop("prelude_layers"), parts.pop("cores") // model.config.blocks
+    rest = parts.total()
     if model.config.noise_conditioning:
         return itemsize * (once + iterations * (core + rest))
     return itemsize * (once + iterations * core + rest)

@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="prompts of --jsonl at a time")
     parser.add_argument("--context", type=int, default=1024, help="positions that the cache of --interactive and --jsonl holds at most")
     parser.add_argument("--no-cache", action="store_true", help="recompute the past at every token (slow; for checking)")
-    parser.add_argument("--compile", action="store_true", help="compile the layers of a step, in up to a minute: quicker from then on, "
-                        "above all on a GPU with few texts at a time")
+    parser.add_argument("--compile", action="store_true", help="compile the parts of a step, in a third of a minute about: quicker from "
+                        "then on, above all on a GPU with few texts at a time")
     parser.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one)")
     arguments = parser.parse_args()
 

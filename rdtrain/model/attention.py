@@ -95,6 +95,20 @@ def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(*seen.shape[:-1], aligned, dtype=dtype, device=seen.device)[..., :length].masked_fill_(~seen, float("-inf"))
 
 
+def attend_from_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`causal_attention` of one query position, in fp32, for compiled code, which makes two kernels of it and never writes the products.
+
+    The three sums over keys run over channels alike, weights being the same for all of these, so that one kernel takes them together.
+    """
+    scores = (query.float() * key.float()).sum(-1) * query.shape[-1] ** -0.5  # [B, H, Tk]
+    if mask is not None:
+        seen = mask.squeeze(-2)
+        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+    scores = scores.unsqueeze(-1).expand(value.shape)
+    weights = (scores - scores.amax(-2, keepdim=True)).exp()
+    return ((weights * value.float()).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True)).to(query.dtype)
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which a query sees its own position and all earlier ones, or those where `mask` is true.
 

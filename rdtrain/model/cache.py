@@ -33,8 +33,7 @@ class CachePlace:
     start of each row that hold nothing, or None. rows: [R], the rows of the batch that are computed, or None for all.
     positions: int64 [1 or B, count], column less padding. turns: the rotary table at these. mask: bool [1 or B, 1, count, columns], what
     each new position attends to, or None where that is simply the causal mask; with a `dtype`, that of the queries, in the form that their
-    kernel wants, which would else be made of it anew in each layer. compiled: whether passes over one position run compiled layers; over
-    more, each number of positions would be compiled anew.
+    kernel wants, which would else be made of it anew in each layer.
     """
 
     def __init__(self, capacity: int, device: torch.device, dtype: torch.dtype | None = None):
@@ -42,7 +41,6 @@ class CachePlace:
         self.padding = self.rows = self.positions = self.turns = self.mask = None
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # `length`, on the device
         self._mask_dtype = dtype if dtype is not None and half_precision(device, dtype) else None
-        self.compiled = False
         self.one_position, self.shown = False, 0  # whether a step of one position is under way, and the columns that it attends to
         self._columns = torch.arange(capacity, device=device)
         self._table: tuple[Tensor, Tensor] | None = None

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adaptive import Exits
-from .cache import KeyValueCache
+from .cache import CacheSlot, KeyValueCache
+from .compiled import compiled_part
 from .denoiser import NoiseLevel, denoise_at
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM, initial_state
 from .sampling import Sampling
-from .solvers import SOLVERS
+from .solvers import SOLVERS, expected_target
 from .text_random import STATE, TextRandom
 
 
@@ -49,6 +50,7 @@ class Chain:
         self._shapes_priors, self.shapes_last = False, True
         self.random = self.iterations_used = None
         self.observe: Callable[[Tensor, Tensor | None], None] | None = None
+        self.compiled = False
 
     def __call__(self, ids: Tensor) -> Tensor:
         """New tokens [B, n], the next token of the last one being sought -> logits [B, V]."""
@@ -61,6 +63,10 @@ class Chain:
     def logits(self, ids: Tensor) -> Tensor:
         """The same, but that the cache stays where it is: to be called again, or followed by its `advance`."""
         raise NotImplementedError
+
+    def _part(self, part: Callable) -> Callable:
+        """A function of the pass that is under way, compiled or as it is."""
+        return compiled_part(part) if self.compiled and self._cache.place.one_position else part
 
     def draw(self, logits: Tensor) -> Tensor:
         """Tokens [B] from what the last call gave; never one of the model's unused tokens."""
@@ -98,6 +104,14 @@ class Chain:
         return exits.logits
 
 
+def iterate_and_read(model: RecurrentDepthLM, z: Tensor, e: Tensor, level: NoiseLevel, sigma_data: float, core: list[CacheSlot] | None,
+                     coda: list[CacheSlot] | None, through_coda: bool, previous: Tensor | None,
+                     block: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`denoise_at`, and what the logits are read from, [B, n, d]: the coda's output, or the core's state."""
+    state, evidence = denoise_at(model, z, e, level, sigma_data, core, previous, block)
+    return state, evidence, model.coda(state, level.of_coda, coda) if through_coda else state
+
+
 class DenoisingChain(Chain):
     """Next-token logits of a denoising model."""
 
@@ -113,9 +127,8 @@ class DenoisingChain(Chain):
         self._steps = list(zip(levels, levels[1:]))
         weight = model.embedding.weight
         with torch.no_grad():
-            self._levels = [
-                NoiseLevel.at(model, torch.full((1, 1), sigma, device=weight.device), self._sigma_data) for sigma in levels[:-1]
-            ]
+            at = [NoiseLevel.at(model, torch.full((1, 1), sigma, device=weight.device), self._sigma_data) for sigma in levels[:-1]]
+            self._levels = [level.of_layers(model, model.config.block_of(k, iterations)) for k, level in enumerate(at)]
             self._targets = model.unit_embeddings().to(weight.dtype)  # all are read in each iteration
         self._inverse_lengths = model.inverse_lengths() if model.config.posterior_readout else None
         self._states: list[Tensor | None] = [None] * iterations  # without a cache
@@ -126,19 +139,21 @@ class DenoisingChain(Chain):
         random = self._begin(ids)
         eps = random.normal(STATE, model.config.width)
         known = self._targets[ids[:, 1:]]
-        e = model.prelude(ids if cache is not None else self._ids, cache and cache.prelude)
+        e = self._part(RecurrentDepthLM.prelude)(model, ids if cache is not None else self._ids, cache and cache.prelude)
         z = self._steps[0][0] * eps[:, -1:]
         solver = SOLVERS[self._sampling.solver](self._targets, self.random, self._sampling.chain_top_k)
-        exits, previous = self._exits(ids), None
+        solver.mean = self._part(expected_target)
+        exits, previous, from_core = self._exits(ids), None, self._sampling.chain_readout == "core"
         for k, (sigma, sigma_next) in enumerate(self._steps):
             state = torch.cat((known + sigma * eps[:, :-1], z), dim=1) if known.shape[1] else z
             if cache is None:
                 state = self._states[k] = _append(self._states[k], state)
             block, last = model.config.block_of(k, self.iterations), k + 1 == self.iterations
-            state, evidence = denoise_at(
-                model, state, e, self._levels[k], self._sigma_data, cache and cache.core[k], previous, block
+            state, evidence, read = self._part(iterate_and_read)(
+                model, state, e, self._levels[k], self._sigma_data, cache and cache.core[k], self._coda_slots(k),
+                last or not from_core, previous, block,
             )
-            logits, read = self._read(state, evidence, k, last)
+            logits = self._read(read, evidence, k, last)
             if self.observe is not None:
                 self.observe(z, logits)
             if exits is not None:
@@ -159,28 +174,26 @@ class DenoisingChain(Chain):
                 z = solver.step(z, self._sampling.chain_logits(logits), sigma, sigma_next)
         return self._end(exits, logits[:, 0])
 
-    def _read(self, state: Tensor, evidence: Tensor | None, k: int, last: bool) -> tuple[Tensor, Tensor]:
-        """(logits [B, 1, V] of the last position, what they are read from [B, n, d]) of an iteration's state."""
-        from_core = self._sampling.chain_readout == "core"
-        if from_core and not last:
-            hidden = state
-        else:
-            slots = self._cache and self._cache.coda[0 if from_core else k]
-            hidden = self._model.coda(state, self._levels[k].conditioning, slots)
+    def _coda_slots(self, k: int) -> list[CacheSlot] | None:
+        return self._cache and self._cache.coda[0 if self._sampling.chain_readout == "core" else k]
+
+    def _read(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool) -> Tensor:
+        """Logits [B, 1, V] of the last position of what an iteration's logits are read from, [B, n, d]."""
         greedy = last and self._sampling.temperature == 0  # the prior's mode, not what the noise makes of it
         shaped = self._shapes_priors and not greedy and (self.shapes_last or not last)
-        return self._logits(hidden[:, -1:], None if evidence is None or greedy else evidence[:, -1:], k, last, shaped), hidden
+        return self._logits(hidden[:, -1:], None if evidence is None or greedy else evidence[:, -1:], k, last, shaped)
 
     def _logits(self, hidden: Tensor, evidence: Tensor | None, k: int, last: bool, shaped: bool) -> Tensor:
         from_core = self._sampling.chain_readout == "core" and not last
-        read = self._model.readout_from_core if from_core else self._model.head
-        return read(hidden, evidence, self._inverse_lengths, self._shape if shaped else None)
+        read = self._part(RecurrentDepthLM.readout_from_core if from_core else RecurrentDepthLM.head)
+        return read(self._model, hidden, evidence, self._inverse_lengths, self._shape if shaped else None)
 
     def _final(self, state: Tensor, evidence: Tensor | None, logits: Tensor, rows: Tensor, which: Tensor, k: int, last: bool) -> Tensor:
         """Logits [L, V] of the rows that leave: those of the coda, which has not run yet where the chain is read from the core."""
         if self._sampling.chain_readout == "core" and not last:
             self._cache.place.keep(rows[which])
-            return self._read(state[which], evidence if evidence is None else evidence[which], k, True)[0][:, 0]
+            hidden = self._model.coda(state[which], self._levels[k].of_coda, self._coda_slots(k))
+            return self._read(hidden, evidence if evidence is None else evidence[which], k, True)[:, 0]
         return logits[which, 0]
 
 
@@ -202,16 +215,17 @@ class UnrolledChain(Chain):
             state = initial_state(random.uniform(STATE, model.config.width))
         if cache is None:
             state = self._start = _append(self._start, state)
-        e = model.prelude(ids if cache is not None else self._ids, cache and cache.prelude)
+        e = self._part(RecurrentDepthLM.prelude)(model, ids if cache is not None else self._ids, cache and cache.prelude)
         exits, slots = self._exits(ids), cache and cache.coda[0]
         for k in range(self.iterations):
             if self.observe is not None:
                 self.observe(state, None)
-            state = model.iterate(state, e, None, cache and cache.core[k])
+            state = self._part(RecurrentDepthLM.iterate)(model, state, e, None, cache and cache.core[k])
             last = k + 1 == self.iterations
             if exits is None and not last:
                 continue
-            logits = model.head(model.coda(state, None, slots)[:, -1])
+            hidden = self._part(RecurrentDepthLM.coda)(model, state, None, slots)
+            logits = self._part(RecurrentDepthLM.head)(model, hidden[:, -1])
             if exits is not None:
                 gone = torch.ones_like(exits.rows, dtype=torch.bool) if last else exits.settled(logits, k)
                 if gone.any():

@@ -71,8 +71,8 @@ class Decoder:
 
     def __init__(self, model: RecurrentDepthLM, noise: NoiseSchedule, iterations: int, sampling: Sampling, batch: int, capacity: int,
                  use_cache: bool = True, capture: bool | None = None, compiled: bool = False):
-        """capture: whether steps are captured; None: on CUDA, where it can be. compiled: whether their layers are compiled, at the first
-        steps, in up to a minute. noise: unused by an unrolled model.
+        """capture: whether steps are captured; None: on CUDA, where it can be. compiled: whether their parts are compiled, at the first
+        steps, in a third of a minute about. noise: unused by an unrolled model.
 
         ValueError, in one sentence, for K < 1 and for settings that the model cannot run with.
         """
@@ -82,13 +82,13 @@ class Decoder:
         self.model, self.sampling, self.batch, self.capacity, self.cache = model, sampling, batch, capacity, None
         if use_cache:
             self.cache = make_cache(model, iterations, sampling, batch, capacity, model.embedding.weight)
-            self.cache.place.compiled = compiled
         can_capture = use_cache and device.type == "cuda" and sampling.exit == "never"
         if capture and not can_capture:
             raise ValueError("a step can be captured on CUDA, with a cache and without an exit: leave capture out, or change these")
         self._capture = can_capture if capture is None else capture
         self._seeds = torch.zeros(batch, dtype=torch.long, device=device)
         self._chain = make_chain(model, noise, iterations, sampling, self.cache, TextRandom(self._seeds))
+        self._chain.compiled = compiled and use_cache
         self._steps: dict[int, CapturedStep] = {}
         self._ids = torch.zeros(batch, 1, dtype=torch.long, device=device)  # what a captured step reads
         self._chosen = torch.zeros(batch, dtype=torch.long, device=device)  # and writes

@@ -5,27 +5,28 @@ The target of position i is y_i, the unit-length embedding of its next token; th
 the states of the past reach it through the core's attention, and hold only tokens that the position may know.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from .cache import CacheSlot
 from .noise import Preconditioning
-from .recurrent import RecurrentDepthLM
+from .recurrent import Conditioning, RecurrentDepthLM, modulations
 
 
 @dataclass
 class NoiseLevel:
     """What an iteration needs of its noise levels, computed once where they are the same for many tokens.
 
-    sigma [..., 1]; scale: the scalings at it, of its shape; into_core: what the state is multiplied with before the core; conditioning: as
-    `iterate` takes it.
+    sigma [..., 1]; scale: the scalings at it, of its shape; into_core: what the state is multiplied with before the core; conditioning,
+    of_coda: as `iterate` and `coda` take it.
     """
 
     sigma: Tensor
     scale: Preconditioning
     into_core: Tensor
-    conditioning: Tensor
+    conditioning: Conditioning
+    of_coda: Conditioning
 
     @classmethod
     def at(cls, model: RecurrentDepthLM, sigma: Tensor, sigma_data: float) -> "NoiseLevel":
@@ -33,7 +34,13 @@ class NoiseLevel:
         scale = Preconditioning.at(sigma.unsqueeze(-1), sigma_data)
         # c_skip * z, the Wiener estimate, fades where z is noise alone, which at unit variance would reach every layer beside e.
         into_core = scale.c_skip / sigma_data if model.config.wiener_input else scale.c_in
-        return cls(sigma.unsqueeze(-1), scale, into_core, model.condition(scale.c_noise.squeeze(-1)))
+        conditioning = model.condition(scale.c_noise.squeeze(-1))
+        return cls(sigma.unsqueeze(-1), scale, into_core, conditioning, conditioning)
+
+    def of_layers(self, model: RecurrentDepthLM, block: int) -> "NoiseLevel":
+        """The same, with what the layers of this block's core and of the coda make of it."""
+        core, coda = (modulations(layers, self.conditioning) for layers in (model.cores[block].layers, model.coda_layers))
+        return replace(self, conditioning=core, of_coda=coda)
 
 
 def denoise_at(model: RecurrentDepthLM, z: Tensor, e: Tensor, level: NoiseLevel, sigma_data: float, cache: list[CacheSlot] | None = None,

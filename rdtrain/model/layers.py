@@ -5,16 +5,16 @@ biases. DiffusionBlocks (arXiv 2506.14202) brings the noise level in through ada
 are linear in the noise embedding and start at zero, so that a new block computes exactly what it would without them.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import causal_attention
+from .attention import attend_from_one, causal_attention
 from .cache import CacheSlot
 from .checkpointing import LayerCheckpointing, checkpointed
+
+Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Scale and shift of a layer's input norm before attention, and of that before the MLP, each [B, 1 or T, width]."""
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +58,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions, in the three parts that a layer calls: the middle one writes to a cache."""
+    """Causal multi-head attention with rotary positions."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -66,22 +66,18 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def inputs(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, T, D] of x [B, T, width], the first two with their positions."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, width], whose positions see themselves and those in the slot -> [B, T, width]."""
         batch, length, width = x.shape
         heads = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        return rotate(query, rotary), rotate(key, rotary), value
-
-    @staticmethod
-    def attend(query: Tensor, key: Tensor, value: Tensor, slot: CacheSlot | None, mask: Tensor | None = None) -> Tensor:
-        """What the positions of `inputs` see of themselves and of those in the slot, [B, H, T, D]."""
+        query, key = rotate(query, rotary), rotate(key, rotary)
         if slot is not None:
             key, value = slot.append(key, value)
-        return causal_attention(query, key, value, mask if slot is None else slot.place.mask)
-
-    def outputs(self, seen: Tensor) -> Tensor:
-        """[B, H, T, D] of `attend` -> [B, T, width]."""
+        if slot is not None and slot.place.one_position and torch.compiler.is_compiling():
+            seen = attend_from_one(query, key, value, slot.place.mask)
+        else:
+            seen = causal_attention(query, key, value, mask if slot is None else slot.place.mask)
         return self.output(seen.transpose(1, 2).flatten(2))
 
 
@@ -112,39 +108,23 @@ class SandwichBlock(nn.Module):
         self.mlp = GatedMLP(width, mlp_width)
         self.modulation = None if conditioning_width is None else nn.Linear(conditioning_width, 4 * width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None = None,
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | Modulation | None = None,
                 slot: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it. mask: as
-        `causal_attention` takes it; a slot has its own."""
+        """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it, or what `modulate`
+        makes of it. mask: as `causal_attention` takes it; a slot has its own."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._forward(x, rotary, conditioning, slot, mask)
         return checkpointed(self.checkpointing, self._forward, x, rotary, conditioning, slot, mask)
 
-    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None, slot: CacheSlot | None,
-                 mask: Tensor | None) -> Tensor:
-        compiled = slot is not None and slot.place.compiled and slot.place.one_position
-        before, after = compiled_parts() if compiled else (SandwichBlock.before_attention, SandwichBlock.after_attention)
-        query, key, value, scale, shift = before(self, x, rotary, conditioning)
-        return after(self, x, self.attention.attend(query, key, value, slot, mask), scale, shift)
+    def modulate(self, conditioning: Tensor) -> Modulation:
+        """What a noise level makes of the layer's two input norms, for who runs it at the same one time and again."""
+        return self.modulation(conditioning).chunk(4, dim=-1)
 
-    def before_attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries, keys and values, and scale and shift of the MLP's input: all that the layer needs of its input but the sum."""
+    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | Modulation | None, slot: CacheSlot | None,
+                 mask: Tensor | None) -> Tensor:
         attention_scale = attention_shift = mlp_scale = mlp_shift = 0.0
         if self.modulation is not None:
-            attention_scale, attention_shift, mlp_scale, mlp_shift = self.modulation(conditioning).chunk(4, dim=-1)
-        inputs = self.norm1(x) * (1 + attention_scale) + attention_shift
-        return *self.attention.inputs(inputs, rotary), mlp_scale, mlp_shift
-
-    def after_attention(self, x: Tensor, seen: Tensor, scale: Tensor | float, shift: Tensor | float) -> Tensor:
-        """The layer's output, from its input and what attention has seen."""
-        x = self.norm2(x + self.attention.outputs(seen))
-        return self.norm4(x + self.mlp(self.norm3(x) * (1 + scale) + shift))
-
-
-@functools.cache
-def compiled_parts() -> tuple[Callable, Callable]:
-    """What a layer does before and after attention, compiled, for all layers and models; the attention between them writes to a cache.
-
-    Of more kinds of layers and batches in one process than torch keeps code for, it warns, and runs the others as they are.
-    """
-    return tuple(torch.compile(part) for part in (SandwichBlock.before_attention, SandwichBlock.after_attention))
+            known = self.modulate(conditioning) if isinstance(conditioning, Tensor) else conditioning
+            attention_scale, attention_shift, mlp_scale, mlp_shift = known
+        x = self.norm2(x + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot, mask))
+        return self.norm4(x + self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift))

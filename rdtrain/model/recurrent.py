@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from .attention import document_mask
 from .cache import CacheSlot
 from .checkpointing import LayerCheckpointing
-from .layers import RMSNorm, RotaryTable, SandwichBlock
+from .compiled import is_sum
+from .layers import Modulation, RMSNorm, RotaryTable, SandwichBlock
 from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients, parts_of
 from .weight_copies import WeightCopies
 
@@ -120,6 +121,11 @@ class ModelConfig(ModelSettings):
             raise ValueError(f"initial_state must be normal or zero, and it is {self.initial_state}")
 
 
+Conditioning = Tensor | list[Modulation] | None
+"""A noise level as layers take it: [B, 1 or T, CONDITIONING_WIDTH], or what each layer makes of it (`modulations`); None where they take
+none."""
+
+
 class NoiseEmbedding(nn.Module):
     """Sine and cosine features of c_noise = ln(sigma) / 4, and two linear layers: [...] -> [..., CONDITIONING_WIDTH]."""
 
@@ -145,7 +151,7 @@ class Core(nn.Module):
         self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
         self.layers = sandwich_blocks(config, config.core_layers, config.noise_conditioning)
 
-    def forward(self, state: Tensor, e: Tensor, conditioning: Tensor | None, cache: list[CacheSlot] | None,
+    def forward(self, state: Tensor, e: Tensor, conditioning: Conditioning, cache: list[CacheSlot] | None,
                 told: Tensor | None, mask: Tensor | None) -> Tensor:
         """state, e [B, T, d] -> the next state [B, T, d]; told: what self-conditioning adds to the adapter's output, [B, T, d]."""
         x = self.adapter(torch.cat((state.to(e.dtype), e), dim=-1))
@@ -169,12 +175,18 @@ def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.Mo
     return nn.ModuleList(SandwichBlock(config.width, config.heads, config.mlp_width, config.norm_eps, width) for _ in range(count))
 
 
-def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioning: Tensor | None,
+def modulations(layers: nn.ModuleList, conditioning: Tensor) -> list[Modulation]:
+    """What each of some layers makes of a noise level."""
+    return [layer.modulate(conditioning) for layer in layers]
+
+
+def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioning: Conditioning,
                cache: list[CacheSlot] | None, mask: Tensor | None = None) -> Tensor:
     """Layers one after another, each with its slot of the cache, or all with one mask: x [B, T, d] -> [B, T, d]."""
     turns = cache[0].place.turns if cache else rotary(0, x.shape[1], x.device)
     for index, layer in enumerate(layers):
-        x = layer(x, turns, conditioning, cache[index] if cache else None, mask)
+        own = conditioning[index] if isinstance(conditioning, list) else conditioning
+        x = layer(x, turns, own, cache[index] if cache else None, mask)
     return x
 
 
@@ -247,7 +259,7 @@ class RecurrentDepthLM(nn.Module):
         dtype = working_dtype(adapter.weight)
         return None if dtype == adapter.weight.dtype or type(adapter) is not nn.Linear else WeightCopies(core, dtype)
 
-    def iterate(self, state: Tensor, e: Tensor, conditioning: Tensor | None = None,
+    def iterate(self, state: Tensor, e: Tensor, conditioning: Conditioning = None,
                 cache: list[CacheSlot] | None = None, previous: Tensor | None = None, block: int = 0,
                 mask: Tensor | None = None, copies: WeightCopies | None = None) -> Tensor:
         """One iteration of the core, or of that of a block: state and e [B, T, d] -> the next state [B, T, d].
@@ -261,7 +273,7 @@ class RecurrentDepthLM(nn.Module):
         core = self.cores[block] if copies is None else copies
         return core(state, e, conditioning, cache, told, mask)
 
-    def coda(self, state: Tensor, conditioning: Tensor | None = None, cache: list[CacheSlot] | None = None,
+    def coda(self, state: Tensor, conditioning: Conditioning = None, cache: list[CacheSlot] | None = None,
              mask: Tensor | None = None) -> Tensor:
         """The coda: state [B, T, d] -> [B, T, d], normalised, as `head` takes it. mask: as `prelude` takes it."""
         x = self.final_norm(state.to(working_dtype(self.embedding.weight)))
@@ -282,6 +294,8 @@ class RecurrentDepthLM(nn.Module):
         lengths = self.inverse_lengths() if inverse_lengths is None else inverse_lengths
         if torch.is_grad_enabled():  # to the prior's alone: the evidence is known, not learned
             logits, known = F.linear(hidden, weight), evidence_logits(evidence, weight.detach(), lengths)
+        elif torch.compiler.is_compiling() and is_sum(hidden.numel() // hidden.shape[-1], weight):  # and both sums read it together
+            logits, known = F.linear(hidden, weight), F.linear(evidence.to(hidden.dtype), weight).float() * lengths
         else:  # one product for both: of few positions it takes as long as reading the weights
             logits, known = F.linear(torch.stack((hidden, evidence.to(hidden.dtype))), weight)
             known = known.float() * lengths

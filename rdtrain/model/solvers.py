@@ -13,7 +13,9 @@ the dtype that they come in; noise levels are Python floats.
 """
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .text_random import ITERATION, PositionRandom
@@ -33,8 +35,7 @@ def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> 
     z + (sigma_next - sigma) / sigma * (z - D), EDM's algorithm 1; the sign in DiffusionBlocks' printed equations 3-5 would make
     the noise grow. In t it is exact for a D that stays what it is over the step.
     """
-    keep = sigma_next / sigma
-    return keep * z + (1 - keep) * denoised
+    return torch.lerp(denoised, z, sigma_next / sigma)
 
 
 def multistep_step(z: Tensor, denoised: Tensor, previous: Tensor, sigma_previous: float, sigma: float, sigma_next: float) -> Tensor:
@@ -66,13 +67,21 @@ def ancestral_step(z: Tensor, target: Tensor, eps: Tensor, sigma: float, sigma_n
     return keep * z + (1 - keep) * target + math.sqrt(1 - keep) * sigma_next * eps
 
 
+def expected_target(logits: Tensor, unit_embeddings: Tensor) -> Tensor:
+    """The mean of all targets [V, d] under logits [..., V] -> [..., d], by a product in the targets' dtype."""
+    return (logits.softmax(-1).to(unit_embeddings.dtype) @ unit_embeddings).to(logits.dtype)
+
+
 class Solver:
     """The way of positions [B, n] down the levels; made anew for each. z is [B, n, d].
 
     unit_embeddings: [V, d], the target of each token, in the dtype that their products are taken in. random: the positions' random numbers,
     of which iteration k, from 0, has two purposes of its own: ITERATION + 2 k and the next. top_k: the likeliest tokens of which D is the
     mean, or x is drawn; 0: all. With few rows, where a product with all targets takes as long as the head, it saves that.
+    mean: `expected_target`, compiled or not.
     """
+
+    mean: Callable[[Tensor, Tensor], Tensor] = staticmethod(expected_target)
 
     def __init__(self, unit_embeddings: Tensor, random: PositionRandom, top_k: int = 0):
         self.unit_embeddings, self.random, self.top_k = unit_embeddings, random, min(top_k, len(unit_embeddings))
@@ -88,7 +97,7 @@ class Solver:
     def expected(self, logits: Tensor) -> Tensor:
         """D, the expected target under logits [..., V] -> [..., d]."""
         if not self.top_k:
-            return (logits.softmax(-1).to(self.unit_embeddings.dtype) @ self.unit_embeddings).to(logits.dtype)
+            return self.mean(logits, self.unit_embeddings)
         logits, tokens = logits.topk(self.top_k)
         weights = logits.softmax(-1).to(self.unit_embeddings.dtype).unsqueeze(-2)
         return (weights @ self.unit_embeddings[tokens]).squeeze(-2).to(logits.dtype)

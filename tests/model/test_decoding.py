@@ -1,19 +1,20 @@
 """The decoder: a step over one position is the same as over many, shared caches are what they say, turns and rollback change nothing, rows
 that have settled leave and do not disturb the others, and a captured step writes the same text."""
 
-import functools
-from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import compile_fx
 
-from rdtrain.model import attention
+from rdtrain.model import attention, recurrent
 from rdtrain.model import cache as cache_module
+from rdtrain.model import compiled as compiled_module
 from rdtrain.model.adaptive import Exits
 from rdtrain.model.cache import CachePlace, KeyValueCache, cache_of
 from rdtrain.model.chain import DenoisingChain, UnrolledChain
+from rdtrain.model.compiled import compiled_part, is_sum
 from rdtrain.model.decoding import Decoder, cache_bytes
-from rdtrain.model.layers import compiled_parts
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 from rdtrain.model.sampling import Sampling
 from rdtrain.model.text_random import TextRandom
@@ -85,26 +86,50 @@ def test_masks_that_are_made_once_a_token_for_all_layers_hide_the_same(build_mod
 
 
 @pytest.mark.parametrize("denoising", [True, False])
-def test_compiled_layers_write_the_same_and_are_compiled_once_a_kind(build_model, monkeypatch, denoising):
-    model, parts = build_model(denoising, posterior_readout=denoising), Counter()
+def test_compiled_steps_write_the_same_and_their_parts_are_compiled_once_for_all_iterations(build_model, monkeypatch, denoising):
+    model, graphs = build_model(denoising, posterior_readout=denoising), []
 
     def traced(graph, inputs):
-        parts[len(inputs)] += 1
+        graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced))
+    monkeypatch.setattr(compiled_module, "_with_sums", traced)
     torch._dynamo.reset()
-    compiled_parts.cache_clear()
+    compiled_part.cache_clear()
     try:
         for exit in ("never", "argmax"):
             sampling = Sampling(exit=exit)
             plain = written(decoder(model, sampling), padding=[2, 0, 1])
             assert torch.equal(written(decoder(model, sampling, compiled=True), padding=[2, 0, 1]), plain)
             if exit == "never":
-                kinds = 2 if denoising else 1  # layers that take a noise level, and others
-                assert sum(parts.values()) == 2 * kinds
+                assert len(graphs) == 4  # prelude, iteration and head; the mean of the targets, or the coda
     finally:
-        compiled_parts.cache_clear()
+        compiled_part.cache_clear()
+
+
+def test_products_of_one_position_are_sums_in_compiled_code_where_the_weight_is_small(build_model, monkeypatch):
+    def on(device, numbers):
+        return SimpleNamespace(device=torch.device(device), numel=lambda: numbers)
+
+    assert is_sum(1, on("cuda", 2**22)) and not is_sum(1, on("cuda", 2**22 + 1))
+    assert not is_sum(2, on("cuda", 9)) and not is_sum(1, on("cpu", 9))
+    table, model, seen = {}, build_model(True, posterior_readout=True), []
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, decompositions: table.update(decompositions) or graph.forward)
+    compiled_part.cache_clear()
+    try:
+        compiled_part(torch.square)(torch.ones(2))
+    finally:
+        compiled_part.cache_clear()
+    for module in (compiled_module, recurrent):
+        monkeypatch.setattr(module, "is_sum", lambda positions, weight: seen.append(positions) or positions == 1)
+    one, other = torch.randn(1, 5), torch.randn(5, 7)
+    torch.testing.assert_close(table[torch.ops.aten.mm.default](one, other), one @ other)
+    hidden, evidence = torch.randn(2, 1, 1, model.config.width)
+    with torch.no_grad():
+        expected = model.head(hidden, evidence)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        torch.testing.assert_close(model.head(hidden, evidence), expected)
+    assert seen == [1, 1]
 
 
 def test_turns_that_reuse_the_cache_and_rollback_equal_starting_anew(build_model):

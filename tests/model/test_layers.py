@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rdtrain.model import attention as attention_module
-from rdtrain.model.attention import attention_backend, causal_attention, document_mask, refuse_head_width, uses_flash_attn
+from rdtrain.model.attention import (
+    additive_mask,
+    attend_from_one,
+    attention_backend,
+    causal_attention,
+    document_mask,
+    refuse_head_width,
+    uses_flash_attn,
+)
 from rdtrain.model.cache import CacheSlot
 from rdtrain.model.layers import Attention, GatedMLP, RMSNorm, RotaryTable, SandwichBlock, rotate
 
@@ -178,10 +186,24 @@ def test_training_in_half_precision_never_takes_the_math_kernel_compiled_or_not(
     assert torch.backends.cuda.math_sdp_enabled() == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_from_one_position_as_compiled_code_takes_it_is_the_same(dtype):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    seen = torch.rand(2, 1, 1, 9) < 0.6
+    seen[..., 4] = True
+    low, tolerance = [each.to(dtype) for each in (query, key, value)], 1e-5 if dtype == torch.float32 else 2e-2
+    for mask in (None, seen, additive_mask(seen, dtype)):
+        expected = causal_attention(query, key, value, seen) if mask is not None else causal_attention(query, key, value)
+        found = attend_from_one(*low, mask)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_attention_equals_a_loop_over_heads_and_positions(perturb, reference):
     torch.manual_seed(0)
     attention, x = perturb(Attention(32, 4)), normal(2, 6, 32)
-    out = attention.outputs(attention.attend(*attention.inputs(x, RotaryTable(8, BASE)(0, 6, CPU)), None))
+    out = attention(x, RotaryTable(8, BASE)(0, 6, CPU))
     for row in range(2):
         np.testing.assert_allclose(float64(out[row]), reference.attention(attention, float64(x[row]), BASE), rtol=1e-4, atol=1e-5)
 
