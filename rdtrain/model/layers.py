@@ -116,7 +116,8 @@ class SandwichBlock(nn.Module):
                 slot: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
         """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it. mask: as
         `causal_attention` takes it; a slot has its own."""
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
+        # In this order, so that what is compiled without gradient holds for both kinds of layer: torch keeps code for eight kinds of calls.
+        if not torch.is_grad_enabled() or self.checkpointing == "none":
             return self._forward(x, rotary, conditioning, slot, mask)
         return checkpointed(self.checkpointing, self._forward, x, rotary, conditioning, slot, mask)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .attention import document_mask
 from .cache import CacheSlot
-from .checkpointing import LayerCheckpointing
+from .checkpointing import LayerCheckpointing, every_nth
 from .layers import RMSNorm, RotaryTable, SandwichBlock
 from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients, parts_of
 from .weight_copies import WeightCopies
@@ -75,6 +75,11 @@ class ModelSettings:
     def head_width(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    def checkpointed_layers(self, interval: int) -> list[range]:
+        """The layers of prelude, core and coda, from 0 in each, that are checkpointed where every interval-th is. A pass runs one of
+        several cores, so they count once, and their layers alike."""
+        return every_nth(interval, (self.prelude_layers, self.core_layers, self.coda_layers))
 
     def block_of(self, iteration: int, iterations: int) -> int:
         """The block that runs an iteration, from 0, of so many: block b owns the b-th of B equal shares, block 0 the highest noise."""
@@ -323,11 +328,14 @@ class RecurrentDepthLM(nn.Module):
         weight, lengths = self.embedding.weight, None if evidence is None else self.inverse_lengths()
         return linear_cross_entropy(hidden, weight, targets, weights, evidence, lengths, working_dtype(weight), self._part_gradients)
 
-    def checkpoint_layers(self, how: LayerCheckpointing) -> None:
-        """What passes with gradient keep of each layer of prelude, core and coda."""
-        for module in self.modules():
-            if isinstance(module, SandwichBlock):
-                module.checkpointing = how
+    def checkpoint_layers(self, how: LayerCheckpointing, interval: int = 1) -> None:
+        """What passes with gradient keep of each layer of prelude, core and coda, or of every interval-th (`checkpointed_layers`)."""
+        cores = [core.layers for core in self.cores if isinstance(core, Core)]  # without stand-ins for cores on other ranks
+        prelude, core, coda = self.config.checkpointed_layers(interval)
+        chosen = [(self.prelude_layers, prelude), *((layers, core) for layers in cores), (self.coda_layers, coda)]
+        for layers, indices in chosen:
+            for index, layer in enumerate(layers):
+                layer.checkpointing = how if index in indices else "none"
 
     def compile_parts(self, apart: Collection[SandwichBlock] = ()) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names.
