@@ -4,7 +4,7 @@
 # PYTHONPATH); no data is needed.
 #
 #   bash launch/performance.sh large         850M (d 2560, 20 heads, MLP 8704, vocabulary 32,768), 8 x 2048 tokens: blocks, in bf16 and fp8,
-#                                            with and without selective checkpointing of layers
+#                                            and with layers checkpointed: in bf16 selectively, in fp8 every fourth
 #   bash launch/performance.sh truncated     850M, 4 x 2048: blocks against truncated BPTT
 #   bash launch/performance.sh full          850M, 1 x 2048: blocks against full BPTT of 32
 #   bash launch/performance.sh small         d 512, vocabulary 8192, 64 x 512: blocks and every baseline, with and without CUDA graphs where
@@ -41,7 +41,8 @@ batch_of() { echo "batch.micro_sequences=$1 batch.global_sequences=$1"; }
 stage=${1:-help}; shift || true
 case $stage in
 large)
-    bench 1b -- "${large[@]}" --compare blocks "blocks $selective" "blocks $fp8" "blocks $fp8 $selective" ;;
+    bench 1b -- "${large[@]}" --compare blocks "blocks $selective" "blocks $fp8" \
+        "blocks $fp8 objective.layer_checkpointing=full objective.layer_checkpointing_interval=4" ;;
 truncated) bench 1b $(batch_of 4) -- "${large[@]}" --compare blocks truncated ;;
 full) bench 1b $(batch_of 1) -- "${large[@]}" --compare blocks full ;;
 small)

@@ -71,14 +71,14 @@ def _most_drawn(iterations: int, limit: float, seed: int, steps: int) -> int:
 
 @dataclass
 class _Kept:
-    """Bytes for a token: of a layer, and of one that takes a noise level; of the input of a part (prelude, iteration, coda), where it is no
-    layer's own; of the two norms around the coda; and of the inside of one layer, which is computed again in its backward pass."""
+    """Bytes for a token: of a layer, and of one that takes a noise level; of a checkpointed one; of a layer's input, where that is a tensor
+    of its own; and of the two norms around the coda."""
 
     layer: float
     conditioned: float
-    part: float
+    checkpointed: float
+    input: float
     norms: float
-    inside: float = 0
 
 
 def _norm(width: int, device: str) -> int:
@@ -86,49 +86,66 @@ def _norm(width: int, device: str) -> int:
     return (2 if device == "cpu" else 1) * FP32 * width
 
 
-def _kept(model: ModelConfig, passes: Passes) -> _Kept:
+def _kept(model: ModelConfig, objective: Objective, passes: Passes) -> _Kept:
     width, mlp, number, sums = model.width, model.mlp_width, passes.number, FP32 * model.heads
+    checkpointed = number * (6 * width + 2 * mlp) + sums if objective.layer_checkpointing == "selective" else 0
     if passes.compiled:  # of its norms the two sums after attention and MLP, and a number for each: all is scaled again from these
         layer = number * (11 * width + 3 * mlp) + 4 * FP32 + sums
         if passes.float8:  # what goes into the four products is rounded anew, from what it was made of
             layer -= number * (3 * width + mlp)
-        return _Kept(layer, layer, number * width, 2 * FP32)
+        return _Kept(layer, layer, checkpointed, number * width, 2 * FP32)
     norm = _norm(width, passes.device)
     layer = 4 * norm + number * (9 * width + 4 * mlp) + sums
-    return _Kept(layer, layer + (2 * number * width if model.noise_conditioning else 0), 0, 2 * norm)
+    return _Kept(layer, layer + (2 * number * width if model.noise_conditioning else 0), checkpointed, number * width, 2 * norm)
 
 
-def _checkpointed(kept: _Kept, how: str, model: ModelConfig, number: int) -> _Kept:
-    """The same for compiled code and PyTorch's own, as the former is told what to keep. A layer's input is a part's, too."""
-    if how == "none":
-        return kept
-    products = number * (6 * model.width + 2 * model.mlp_width) + FP32 * model.heads if how == "selective" else 0
-    layer = number * model.width + products
-    return _Kept(layer, layer, 0, kept.norms, kept.conditioned - layer)
+def _checkpointed_layers(model: ModelConfig, objective: Objective) -> list[range]:
+    """Those of prelude, core and coda."""
+    if objective.layer_checkpointing == "none":
+        return [range(0)] * 3
+    return model.checkpointed_layers(objective.layer_checkpointing_interval)
+
+
+def _layer_bytes(kept: _Kept, each: float, count: int, checkpointed: range, passes: Passes, apart: bool) -> float:
+    """Of all layers of a part. each: of one that is not checkpointed; apart: whether they are compiled each by itself.
+
+    Uncompiled, a checkpointed one keeps its input, and another has it among what its norms keep. Compiled code keeps the part's input and
+    those between two checkpointed layers, as there are with interval 1 alone, and makes the others again with the layer before them. (In
+    BPTT's core one was seen to be kept in fp32, the second layer's where the first is checkpointed and it is not.) Compiled by itself, each
+    layer keeps its input.
+    """
+    if passes.compiled:
+        inputs = count if apart or len(checkpointed) == count else 1
+    else:
+        inputs = len(checkpointed)
+    return (count - len(checkpointed)) * each + len(checkpointed) * kept.checkpointed + inputs * kept.input
 
 
 def readout_bytes(model: ModelConfig, objective: Objective, passes: Passes) -> float:
     """An estimate of what coda and head save of that, for each token: what the backward pass is done with first."""
-    kept = _checkpointed(_kept(model, passes), objective.layer_checkpointing, model, passes.number)
-    return kept.part + model.coda_layers * kept.conditioned + kept.norms + passes.number * model.width
+    kept, (_, _, coda) = _kept(model, objective, passes), _checkpointed_layers(model, objective)
+    layers = _layer_bytes(kept, kept.conditioned, model.coda_layers, coda, passes, passes.apart)
+    return layers + kept.norms + passes.number * model.width
 
 
 def activation_bytes(model: ModelConfig, objective: Objective, passes: Passes, seed: int, steps: int) -> float:
-    """An estimate of the bytes that a forward pass saves for its backward pass, for each token of a micro-batch; what does not grow with
-    tokens, the gradient of the embedding, apart."""
+    """An estimate of the bytes that a forward pass saves for its backward pass, for each token of a micro-batch, and of what the latter
+    computes again of a layer while all of that is there; what does not grow with tokens, the gradient of the embedding, apart."""
     width, number, unrolled = model.width, passes.number, isinstance(objective, BackpropagationThroughTime)
-    kept = _checkpointed(_kept(model, passes), objective.layer_checkpointing, model, number)
-    iteration = 2 * number * width + kept.part + model.core_layers * kept.conditioned
-    once = kept.part + model.prelude_layers * kept.layer + readout_bytes(model, objective, passes) + kept.inside
-    if passes.apart and objective.layer_checkpointing != "none":  # both inputs of the norm around the coda
+    again = unrolled and objective.activation_checkpointing
+    kept, (prelude, core, coda) = _kept(model, objective, passes), _checkpointed_layers(model, objective)
+    apart = passes.apart and not objective.repeats_core
+    iteration = 2 * number * width + _layer_bytes(kept, kept.conditioned, model.core_layers, core, passes, apart)
+    once = _layer_bytes(kept, kept.layer, model.prelude_layers, prelude, passes, passes.apart) + readout_bytes(model, objective, passes)
+    # A last layer that is checkpointed is computed again before anything is let go of, in the coda or in an iteration that is there alone;
+    # an earlier one has less inside than a later layer has let go of.
+    if model.core_layers - 1 in core if again else model.coda_layers - 1 in coda:
+        once += kept.conditioned - kept.checkpointed - kept.input
+    if passes.apart:  # both inputs of the norm around the coda
         once += 2 * number * width
-    elif passes.apart:  # the output of a layer, or of that norm, is computed again only where what follows is compiled with it
-        once += number * width * (model.prelude_layers + model.coda_layers)
-        if not objective.repeats_core:
-            iteration += number * width * (model.core_layers - 1)
     if unrolled:
         depth = most_trained_iterations(objective, seed, steps)
-        return once + (depth * number * width + iteration if objective.activation_checkpointing else depth * iteration)
+        return once + (depth * number * width + iteration if again else depth * iteration)
     if model.noise_conditioning:
         once += (passes.stored if passes.compiled else FP32) * width  # the targets' embeddings
     if model.self_conditioning:

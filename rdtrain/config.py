@@ -141,7 +141,8 @@ class Config:
         sections = ("data", "model", "objective", "noise", "batch", "optimizer", "schedule", "engine")
         settings = {name: dataclasses.asdict(getattr(self, name)) for name in sections} | {"seed": self.run.seed}
         del settings["optimizer"]["learning_rate_source"], settings["batch"]["micro_sequences"]
-        del settings["objective"]["layer_checkpointing"], settings["data"]["change_mixture"]
+        del settings["objective"]["layer_checkpointing"], settings["objective"]["layer_checkpointing_interval"]
+        del settings["data"]["change_mixture"]
         settings["engine"] = {"precision": self.engine.precision}
         return settings
 

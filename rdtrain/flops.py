@@ -48,16 +48,17 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
     )
 
 
-def recomputed_in_layers(config: ModelConfig, sequence_length: int, checkpointing: LayerCheckpointing, iterations: float = 1,
+def recomputed_in_layers(config: ModelConfig, sequence_length: int, checkpointing: LayerCheckpointing, interval: int, iterations: float = 1,
                          levels: int = 1) -> float:
-    """Operations per token that layers make once more in a backward pass, by what they keep (model/checkpointing.py).
+    """Operations per token that layers make once more in a backward pass, by what every interval-th keeps (model/checkpointing.py).
 
     iterations: passes of the core that carry gradient; levels: noise levels per sequence. `selective` keeps all products but modulation's.
     """
-    parts, core = forward_flops(config, sequence_length), iterations * config.core_layers
-    again = levels * (core + config.coda_layers) * parts.modulation
+    parts = forward_flops(config, sequence_length)
+    prelude, core, coda = (len(layers) for layers in config.checkpointed_layers(interval))
+    again = levels * (iterations * core + coda) * parts.modulation
     if checkpointing == "full":
-        again += (config.prelude_layers + core + config.coda_layers) * parts.layer
+        again += (prelude + iterations * core + coda) * parts.layer
     return 0.0 if checkpointing == "none" else again
 
 

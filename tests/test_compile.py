@@ -74,18 +74,19 @@ def test_a_machine_without_a_compiler_is_refused_in_one_sentence(tiny_config, rd
     ("settings", "autocast", "apart"),
     [
         ({"self_conditioning": True, "core_readout": True}, torch.bfloat16, False),
-        ({}, torch.float32, True),
-        ({"name": "bptt", "trained_iterations": 2, "depth": "fixed", "layer_checkpointing": "selective"}, torch.bfloat16, False),
+        ({"layer_checkpointing": "full", "layer_checkpointing_interval": 3}, torch.float32, True),
+        ({"name": "bptt", "trained_iterations": 2, "depth": "fixed", "layer_checkpointing": "selective", "layer_checkpointing_interval": 4},
+         torch.bfloat16, False),
     ],
 )
 def test_the_estimate_of_activations_is_what_compiled_code_saves(settings, autocast, apart, build_model, monkeypatch):
     """What the partitioner saves that grows with tokens: weights, their casts and states of random number generators apart. No kernels are
-    made of what it divides."""
+    made of what it divides. Of layers in 2/2/1 interval 3 takes the first and the core's last, and 4 the first and the coda's."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     objective = build_objective(ObjectiveSettings(**settings), NoiseSettings(), 4)
     model = build_model(width=64, mlp_width=160, prelude_layers=2, core_layers=2, coda_layers=1, vocab_size=30, **objective.model_fields)
-    model.checkpoint_layers(objective.layer_checkpointing)
+    model.checkpoint_layers(objective.layer_checkpointing, objective.layer_checkpointing_interval)
     objective.compile(model, [part for part in model.modules() if isinstance(part, SandwichBlock)] if apart else ())
     shapes = {tuple(weight.shape) for weight in model.parameters()} | {tuple(reversed(weight.shape)) for weight in model.parameters()}
     saved = {}
@@ -101,7 +102,7 @@ def test_the_estimate_of_activations_is_what_compiled_code_saves(settings, autoc
     torch._dynamo.reset()
     actual = sum(storage.nbytes() for storage in saved.values()) / (8 * 47)
     inside = 0
-    if objective.layer_checkpointing == "selective":  # what a layer computes again is there in its backward pass alone
+    if objective.layer_checkpointing == "selective":  # what the coda's last computes again is there in its backward pass alone
         inside = 2 * (4 * 64 + 160) + 4 * 4
     estimate = activation_bytes(model.config, objective, Passes(autocast.itemsize, 4, "cpu", True, apart), seed=0, steps=1) - inside
     assert estimate == pytest.approx(actual, rel=0.02)

@@ -24,6 +24,11 @@ def test_without_a_file_the_defaults_hold():
     assert load_config(None) == Config()
 
 
+def test_a_run_may_continue_with_other_layers_checkpointed():
+    changed = load_config(None, ["objective.layer_checkpointing=full", "objective.layer_checkpointing_interval=4"])
+    assert changed.result_settings() == load_config(None).result_settings() and changed != load_config(None)
+
+
 def test_overrides_win_and_numbers_are_read_as_everybody_means_them(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("optimizer:\n  learning_rate: 1e-3\nschedule:\n  steps: 5\n")

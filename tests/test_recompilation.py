@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from rdtrain.distributed import World
 from rdtrain.engine import EngineSettings, build_engine
+from rdtrain.model.layers import SandwichBlock
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import ObjectiveSettings, build_objective
@@ -68,3 +69,17 @@ def test_nothing_is_compiled_after_the_first_steps(settings, iterations, blocks,
             train(step)
         train(100)
     assert counter.frame_count == seen
+
+
+def test_layers_that_are_compiled_apart_need_no_more_code_than_torch_keeps(counter):
+    """Of both kinds, with and without a noise level and gradient, and for the half of a batch that goes through an earlier iteration."""
+    settings = ObjectiveSettings(layer_checkpointing="full", layer_checkpointing_interval=2, **TRIALS)
+    objective = build_objective(settings, NoiseSettings(), 4)
+    model = RecurrentDepthLM(ModelConfig(width=16, heads=2, mlp_width=16, prelude_layers=2, core_layers=2, coda_layers=2, iterations=4,
+                                         vocab_size=30, **objective.model_fields))
+    model.checkpoint_layers(objective.layer_checkpointing, objective.layer_checkpointing_interval)
+    objective.compile(model, [part for part in model.modules() if isinstance(part, SandwichBlock)])
+    tokens, random = torch.randint(30, (4, LENGTH + 1), generator=torch.Generator().manual_seed(0)), SampleRandom(0, range(4), CPU, 0)
+    objective(model, tokens, random).value.backward()
+    with torch.no_grad():
+        assert objective.held_out_nll(model, tokens, random).isfinite().all()

@@ -94,7 +94,7 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
-        model.checkpoint_layers(objective.layer_checkpointing)
+        model.checkpoint_layers(objective.layer_checkpointing, objective.layer_checkpointing_interval)
         self.measurement = Measurement()
         self._autocast = torch.autocast(model.embedding.weight.device.type, autocast, enabled=autocast != torch.float32)
 

@@ -6,7 +6,7 @@ width d and MLP width m (Korthikanti et al. 2022, arXiv 2205.05198), and `full` 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -26,6 +26,19 @@ ATTENTION = [
 ]
 # A product with a bias (addmm) is that of the noise level, as cheap as a norm.
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, torch.ops.aten.bmm.default, *ATTENTION]
+
+
+def every_nth(interval: int, counts: Sequence[int]) -> list[range]:
+    """Which layers of parts with so many layers each are checkpointed, from 0 in each part: the first of all, and every interval-th after.
+
+    The backward pass has most to hold where it begins, at the end of the last part. Counted from the front, the chosen layers lie as far
+    from there as they can: what they save is saved by then, and what they compute again comes once later layers have let go of theirs.
+    """
+    chosen, before = [], 0
+    for count in counts:
+        chosen.append(range(-before % interval, count, interval))
+        before += count
+    return chosen
 
 
 def is_product(function) -> bool:

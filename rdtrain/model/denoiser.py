@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .cache import CacheSlot
+from .layers import Conditioning, modulations
 from .noise import Preconditioning
-from .recurrent import Conditioning, RecurrentDepthLM, modulations
+from .recurrent import RecurrentDepthLM
 
 
 @dataclass

@@ -17,6 +17,11 @@ Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
 """Scale and shift of a layer's input norm before attention, and of that before the MLP, each [B, 1 or T, width]."""
 
 
+Conditioning = Tensor | list[Modulation] | None
+"""A noise level as layers take it: [B, 1 or T, conditioning width], or what each layer makes of it (`modulations`); None where they take
+none."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in fp32 and returned in x's dtype."""
 
@@ -112,7 +117,8 @@ class SandwichBlock(nn.Module):
                 slot: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
         """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it, or what `modulate`
         makes of it. mask: as `causal_attention` takes it; a slot has its own."""
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
+        # In this order, so that what is compiled without gradient holds for both kinds of layer: torch keeps code for eight kinds of calls.
+        if not torch.is_grad_enabled() or self.checkpointing == "none":
             return self._forward(x, rotary, conditioning, slot, mask)
         return checkpointed(self.checkpointing, self._forward, x, rotary, conditioning, slot, mask)
 
@@ -128,3 +134,18 @@ class SandwichBlock(nn.Module):
             attention_scale, attention_shift, mlp_scale, mlp_shift = known
         x = self.norm2(x + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot, mask))
         return self.norm4(x + self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift))
+
+
+def modulations(layers: nn.ModuleList, conditioning: Tensor) -> list[Modulation]:
+    """What each of some layers makes of a noise level."""
+    return [layer.modulate(conditioning) for layer in layers]
+
+
+def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioning: Conditioning,
+               cache: list[CacheSlot] | None, mask: Tensor | None = None) -> Tensor:
+    """Layers one after another, each with its slot of the cache, or all with one mask: x [B, T, d] -> [B, T, d]."""
+    turns = cache[0].place.turns if cache else rotary(0, x.shape[1], x.device)
+    for index, layer in enumerate(layers):
+        own = conditioning[index] if isinstance(conditioning, list) else conditioning
+        x = layer(x, turns, own, cache[index] if cache else None, mask)
+    return x

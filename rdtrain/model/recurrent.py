@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from .attention import document_mask
 from .cache import CacheSlot
-from .checkpointing import LayerCheckpointing
+from .checkpointing import LayerCheckpointing, every_nth
 from .compiled import is_sum
-from .layers import Modulation, RMSNorm, RotaryTable, SandwichBlock
+from .layers import Conditioning, RMSNorm, RotaryTable, SandwichBlock, run_layers
 from .linear_cross_entropy import evidence_logits, linear_cross_entropy, part_gradients, parts_of
 from .weight_copies import WeightCopies
 
@@ -77,6 +77,11 @@ class ModelSettings:
         """Channels of one attention head."""
         return self.width // self.heads
 
+    def checkpointed_layers(self, interval: int) -> list[range]:
+        """The layers of prelude, core and coda, from 0 in each, that are checkpointed where every interval-th is. A pass runs one of
+        several cores, so they count once, and their layers alike."""
+        return every_nth(interval, (self.prelude_layers, self.core_layers, self.coda_layers))
+
     def block_of(self, iteration: int, iterations: int) -> int:
         """The block that runs an iteration, from 0, of so many: block b owns the b-th of B equal shares, block 0 the highest noise."""
         return iteration * self.blocks // iterations
@@ -119,11 +124,6 @@ class ModelConfig(ModelSettings):
             raise ValueError(f"unused_tokens must be at least 0 and below vocab_size={self.vocab_size}, and it is {self.unused_tokens}")
         if self.initial_state not in ("normal", "zero"):
             raise ValueError(f"initial_state must be normal or zero, and it is {self.initial_state}")
-
-
-Conditioning = Tensor | list[Modulation] | None
-"""A noise level as layers take it: [B, 1 or T, CONDITIONING_WIDTH], or what each layer makes of it (`modulations`); None where they take
-none."""
 
 
 class NoiseEmbedding(nn.Module):
@@ -173,21 +173,6 @@ def sandwich_blocks(config: ModelConfig, count: int, conditioned: bool) -> nn.Mo
     """So many layers of a model, which take a noise level or not."""
     width = CONDITIONING_WIDTH if conditioned else None
     return nn.ModuleList(SandwichBlock(config.width, config.heads, config.mlp_width, config.norm_eps, width) for _ in range(count))
-
-
-def modulations(layers: nn.ModuleList, conditioning: Tensor) -> list[Modulation]:
-    """What each of some layers makes of a noise level."""
-    return [layer.modulate(conditioning) for layer in layers]
-
-
-def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioning: Conditioning,
-               cache: list[CacheSlot] | None, mask: Tensor | None = None) -> Tensor:
-    """Layers one after another, each with its slot of the cache, or all with one mask: x [B, T, d] -> [B, T, d]."""
-    turns = cache[0].place.turns if cache else rotary(0, x.shape[1], x.device)
-    for index, layer in enumerate(layers):
-        own = conditioning[index] if isinstance(conditioning, list) else conditioning
-        x = layer(x, turns, own, cache[index] if cache else None, mask)
-    return x
 
 
 class RecurrentDepthLM(nn.Module):
@@ -337,11 +322,14 @@ class RecurrentDepthLM(nn.Module):
         weight, lengths = self.embedding.weight, None if evidence is None else self.inverse_lengths()
         return linear_cross_entropy(hidden, weight, targets, weights, evidence, lengths, working_dtype(weight), self._part_gradients)
 
-    def checkpoint_layers(self, how: LayerCheckpointing) -> None:
-        """What passes with gradient keep of each layer of prelude, core and coda."""
-        for module in self.modules():
-            if isinstance(module, SandwichBlock):
-                module.checkpointing = how
+    def checkpoint_layers(self, how: LayerCheckpointing, interval: int = 1) -> None:
+        """What passes with gradient keep of each layer of prelude, core and coda, or of every interval-th (`checkpointed_layers`)."""
+        cores = [core.layers for core in self.cores if isinstance(core, Core)]  # without stand-ins for cores on other ranks
+        prelude, core, coda = self.config.checkpointed_layers(interval)
+        chosen = [(self.prelude_layers, prelude), *((layers, core) for layers in cores), (self.coda_layers, coda)]
+        for layers, indices in chosen:
+            for index, layer in enumerate(layers):
+                layer.checkpointing = how if index in indices else "none"
 
     def compile_parts(self, apart: Collection[SandwichBlock] = ()) -> None:
         """Compile the parts that training calls, each once for all depths and blocks; parameters keep their names.

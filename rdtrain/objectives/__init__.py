@@ -21,4 +21,5 @@ def build_objective(settings: ObjectiveSettings, noise: NoiseSettings, iteration
     else:
         objective = BackpropagationThroughTime(settings, iterations)
     objective.layer_checkpointing = settings.layer_checkpointing
+    objective.layer_checkpointing_interval = settings.layer_checkpointing_interval
     return objective

@@ -41,6 +41,8 @@ class ObjectiveSettings:
     activation_checkpointing: bptt only: keep nothing of the inside of an iteration for the backward pass and compute it again there.
     layer_checkpointing: what each layer of prelude, core and coda keeps for the backward pass: `none` leaves it to PyTorch, `selective`
         the outputs of matrix products and attention, and computes all between them again, `full` its input alone. The same gradients.
+    layer_checkpointing_interval: with another than `none`: every how many-th layer that holds for, the first of all and each so many after
+        it, counted through prelude, core (of each block alike) and coda; 1 is all. Of the others PyTorch decides.
     """
 
     name: Literal["diffusion_blocks", "bptt", "one_pass"] = "diffusion_blocks"
@@ -55,12 +57,14 @@ class ObjectiveSettings:
     depth: Literal["poisson", "fixed"] = "poisson"
     activation_checkpointing: bool = False
     layer_checkpointing: LayerCheckpointing = "none"
+    layer_checkpointing_interval: int = 1
 
     def __post_init__(self):
         """ValueError, in one sentence, for an impossible count and for a setting that would have no effect."""
-        if self.trained_iterations < 1:
-            raise ValueError(f"trained_iterations must be at least 1, and it is {self.trained_iterations}")
-        of_all = ("name", "layer_checkpointing")
+        for name in ("trained_iterations", "layer_checkpointing_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, and it is {getattr(self, name)}")
+        of_all = ("name", "layer_checkpointing", "layer_checkpointing_interval")
         changed = [field.name for field in fields(self) if field.name not in of_all and getattr(self, field.name) != field.default]
         of_blocks = ("posterior_readout", "wiener_input", "optional_state", "self_conditioning", "chain_states", "core_readout")
         for name in changed:
@@ -73,6 +77,10 @@ class ObjectiveSettings:
             )
         if "trained_iterations" in changed and self.gradient != "truncated":
             raise ValueError(f"trained_iterations belongs to gradient=truncated, and gradient is {self.gradient}: leave it out")
+        if self.layer_checkpointing_interval > 1 and self.layer_checkpointing == "none":
+            raise ValueError(
+                "layer_checkpointing_interval belongs to layer_checkpointing=selective or full, and that is none: leave it out"
+            )
         if self.activation_checkpointing and self.layer_checkpointing == "selective":
             raise ValueError(
                 "layer_checkpointing=selective keeps the products of every iteration, which activation_checkpointing is there to drop: "
@@ -107,7 +115,8 @@ class Objective(ABC):
     """Whether a step runs the core many times over: an engine that shards its weights gathers them once for all of these."""
 
     layer_checkpointing: LayerCheckpointing = "none"
-    """As in ObjectiveSettings; who runs a model by this objective sets it there (`checkpoint_layers`)."""
+    layer_checkpointing_interval: int = 1
+    """Both as in ObjectiveSettings; who runs a model by this objective sets them there (`checkpoint_layers`)."""
 
     filled: float = 1.0
     """The mean share of a sequence's positions that have a target, by which losses are divided before they are differentiated: a constant
@@ -141,7 +150,7 @@ class Objective(ABC):
 
     def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Operations per trained token that the backward pass makes once more, to save memory; `training_flops` leaves them out."""
-        return recomputed_in_layers(config, sequence_length, self.layer_checkpointing)
+        return recomputed_in_layers(config, sequence_length, self.layer_checkpointing, self.layer_checkpointing_interval)
 
     def active_block(self, random: SampleRandom) -> int | None:
         """The block that a step trains, the others standing idle: a function of (seed, step), the same for all its micro-batches on

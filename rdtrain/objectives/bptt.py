@@ -86,9 +86,11 @@ class BackpropagationThroughTime(Objective):
     def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """With activation checkpointing each iteration that carries gradient runs forward twice."""
         trained = self.depth.mean_of_minimum(self.trained_limit)
-        again = recomputed_in_layers(config, sequence_length, self.layer_checkpointing, trained)
+        interval = self.layer_checkpointing_interval
+        again = recomputed_in_layers(config, sequence_length, self.layer_checkpointing, interval, trained)
         if self.activation_checkpointing:
             parts = forward_flops(config, sequence_length)
-            # What is left for an iteration's last layer is its input, at which PyTorch stops: it will compute itself again.
-            again += trained * (parts.iterate - (parts.layer if self.layer_checkpointing == "full" else 0))
+            # What is left for an iteration's last layer, if checkpointed, is its input, where PyTorch stops: that will be computed again.
+            last = self.layer_checkpointing == "full" and config.core_layers - 1 in config.checkpointed_layers(interval)[1]
+            again += trained * (parts.iterate - (parts.layer if last else 0))
         return again

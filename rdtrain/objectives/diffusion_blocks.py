@@ -204,7 +204,7 @@ class DiffusionBlocks(Objective):
     def recomputed_flops(self, config: ModelConfig, sequence_length: int) -> float:
         """The earlier iteration, which carries no gradient, keeps nothing in any case."""
         levels = sequence_length if self.settings.level_per == "token" else 1
-        return recomputed_in_layers(config, sequence_length, self.layer_checkpointing, levels=levels)
+        return recomputed_in_layers(config, sequence_length, self.layer_checkpointing, self.layer_checkpointing_interval, levels=levels)
 
     def before_step(self) -> None:
         self.information.mark()

@@ -20,7 +20,6 @@ from ..train import objective_and_model
 
 CUDA = torch.device("cuda")
 MOST_GPUS = 1 << 20  # where the search for a number that is enough ends
-CHECKPOINTING = ("objective.layer_checkpointing=selective", "objective.layer_checkpointing=full")
 RECURRENT_CHECKPOINTING = "objective.activation_checkpointing=true"
 SHARDING = tuple(f"engine.name=deepspeed engine.zero_stage={stage}" for stage in (1, 2, 3))
 OFFLOAD = "engine.name=deepspeed engine.zero_stage=3 engine.offload_optimizer=true"
@@ -173,7 +172,7 @@ def nearest_change(config: Config, vocab_size: int, cluster: Cluster, largest_mi
         if micro:
             return [*changes, *([f"batch.micro_sequences={micro}"] if micro < config.batch.micro_sequences else [])]
     count = 2 * cluster.count
-    everything = [*([RECURRENT_CHECKPOINTING] if config.objective.name == "bptt" else []), CHECKPOINTING[1], OFFLOAD]
+    everything = [*([RECURRENT_CHECKPOINTING] if config.objective.name == "bptt" else []), _checkpointing(config)[-1], OFFLOAD]
     while count <= MOST_GPUS:
         more, _ = batch_for(config, count)
         if micro := _largest_with(more, everything, vocab_size, count, cluster.room):
@@ -184,12 +183,21 @@ def nearest_change(config: Config, vocab_size: int, cluster: Cluster, largest_mi
     return None
 
 
+def _checkpointing(config: Config) -> list[str]:
+    """What layers can keep, that which costs least time first: but for inputs all products, nothing of every fourth or second, nothing."""
+    interval = "objective.layer_checkpointing_interval"
+    all_layers = f" {interval}=1" if config.objective.layer_checkpointing_interval > 1 else ""
+    full = "objective.layer_checkpointing=full"
+    return [f"objective.layer_checkpointing=selective{all_layers}", f"{full} {interval}=4", f"{full} {interval}=2", full + all_layers]
+
+
 def _changes(config: Config, gpus: int) -> Iterator[list[str]]:
     """Sets of overrides, the mildest first."""
-    keeping = [[], *([each] for each in CHECKPOINTING)]
+    checkpointing = _checkpointing(config)
+    keeping = [[], *([each] for each in checkpointing)]
     if config.objective.name == "bptt":
         keeping[1:1] = [[RECURRENT_CHECKPOINTING]]
-        keeping.append([RECURRENT_CHECKPOINTING, CHECKPOINTING[1]])
+        keeping.append([RECURRENT_CHECKPOINTING, checkpointing[-1]])
     if config.engine.name == "block_parallel":
         sharding = [[]]
     else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rdtrain.engine.block_parallel_engine import Elsewhere
 from rdtrain.model.checkpointing import checkpointed
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import ObjectiveSettings, build_objective
@@ -32,12 +33,12 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gradients(case, how, build_model, autocast):
-    """Loss, gradients and counted operations of a training pass."""
-    settings = ObjectiveSettings(case.split(",")[0], **CASES[case], layer_checkpointing=how)
+def gradients(case, how, interval, build_model, autocast):
+    """Loss, gradients and counted operations of a training pass, of layers in 1/2/1."""
+    settings = ObjectiveSettings(case.split(",")[0], **CASES[case], layer_checkpointing=how, layer_checkpointing_interval=interval)
     objective = build_objective(settings, NoiseSettings(), 1 if case == "one_pass" else 5)
     model = build_model(**objective.model_fields)
-    model.checkpoint_layers(objective.layer_checkpointing)
+    model.checkpoint_layers(objective.layer_checkpointing, objective.layer_checkpointing_interval)
     with torch.autocast("cpu", torch.bfloat16, autocast), Operations() as operations:
         tokens = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(0))
         loss = objective(model, tokens, SampleRandom(0, range(4), torch.device("cpu"), 0)).value
@@ -49,14 +50,27 @@ def gradients(case, how, build_model, autocast):
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_the_same_to_the_bit_and_selective_repeats_no_product(case, autocast, build_model):
-    loss, expected, plain = gradients(case, "none", build_model, autocast)
-    for how in ("full",) if "activation_checkpointing" in CASES[case] else ("selective", "full"):
-        found, actual, counts = gradients(case, how, build_model, autocast)
+    loss, expected, plain = gradients(case, "none", 1, build_model, autocast)
+    for how, interval in (("full", 3),) if "activation_checkpointing" in CASES[case] else (("selective", 1), ("full", 1), ("full", 3)):
+        found, actual, counts = gradients(case, how, interval, build_model, autocast)
         assert torch.equal(found, loss)
         for name, gradient in expected.items():
             assert torch.equal(actual[name], gradient), name
         more = {name: counts[name] - plain[name] for name in PRODUCTS}
         assert counts["silu"] > plain["silu"] > 0 and all((count > 0) == (how == "full") for count in more.values()), (how, more)
+
+
+def test_every_nth_layer_is_counted_through_all_parts_and_in_each_block_alike(build_model):
+    model = build_model(prelude_layers=1, core_layers=4, coda_layers=2, blocks=4)
+    model.cores[1] = model.cores[2] = Elsewhere()
+    parts = [model.prelude_layers, model.cores[0].layers, model.cores[3].layers, model.coda_layers]
+    for how, interval, expected in (
+        ("full", 3, ["1", "0010", "0010", "01"]), ("selective", 2, ["1", "0101", "0101", "01"]), ("full", 8, ["1", "0000", "0000", "00"]),
+        ("full", 1, ["1", "1111", "1111", "11"]), ("none", 1, ["0", "0000", "0000", "00"]),
+    ):
+        model.checkpoint_layers(how, interval)
+        assert {layer.checkpointing for part in parts for layer in part} <= {"none", how}
+        assert ["".join(str(int(layer.checkpointing != "none")) for layer in part) for part in parts] == expected
 
 
 def test_a_product_that_is_changed_in_place_is_computed_again():
@@ -78,10 +92,10 @@ def test_compiled_layers_keep_the_products_alone_and_no_casts_of_weights(build_m
             e = model.prelude(ids)
         return torch.autograd.grad(e.float().square().sum(), list(model.prelude_layers.parameters()))
 
-    for layers in (1, 2):
+    for layers, interval in ((1, 1), (2, 1), (2, 2)):
         model = build_model(prelude_layers=layers)
         expected, own = gradients_of(model), {parameter.data_ptr() for parameter in model.parameters()}
-        model.checkpoint_layers("selective")
+        model.checkpoint_layers("selective", interval)
         torch._dynamo.reset()
         model._prelude = torch.compile(model._prelude, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
         saved.clear()
@@ -91,5 +105,5 @@ def test_compiled_layers_keep_the_products_alone_and_no_casts_of_weights(build_m
         for one, other in zip(actual, expected, strict=True):
             assert (one - other).norm() < 0.02 * other.norm()
     width, mlp_width, heads = 32, 48, 4
-    assert (kept[1] - kept[0]) / ids.numel() == 2 * (7 * width + 2 * mlp_width) + 4 * heads
+    assert (kept[1] - kept[0]) / ids.numel() == 2 * (7 * width + 2 * mlp_width) + 4 * heads and kept[2] > kept[1]
     torch._dynamo.reset()

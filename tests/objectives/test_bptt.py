@@ -212,6 +212,8 @@ def test_the_objective_is_built_by_name_with_its_iterations():
         ({"name": "diffusion_blocks", "activation_checkpointing": True}, "activation_checkpointing .* name is diffusion_blocks"),
         ({"posterior_readout": False}, "optional_state leaves .* to posterior_readout, which is off: set optional_state=false as well"),
         ({"name": "bptt", "activation_checkpointing": True, "layer_checkpointing": "selective"}, "keeps the products .* choose one"),
+        ({"layer_checkpointing_interval": 0}, "layer_checkpointing_interval must be at least 1, and it is 0"),
+        ({"layer_checkpointing_interval": 2}, "belongs to layer_checkpointing=selective or full, .* is none: leave it out"),
     ],
 )
 def test_settings_without_an_effect_and_impossible_counts_are_refused(settings, words):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from rdtrain.model.layers import run_layers
 from rdtrain.model.noise import NoiseSettings
-from rdtrain.model.recurrent import run_layers
 from rdtrain.objectives import DiffusionBlocks, ObjectiveSettings
 
 K = 4

@@ -85,22 +85,30 @@ def test_what_activation_checkpointing_computes_again_is_run_but_not_counted(bui
 
 
 @pytest.mark.parametrize(
-    "how, kind", [*itertools.product(("selective", "full"), ("blocks", "one level a token", "bptt")), ("full", "checkpointed bptt")]
+    "how, interval, kind",
+    [
+        *itertools.product(("selective", "full"), (1, 3), ("blocks", "one level a token")),
+        *itertools.product(("full",), (1, 2, 3), ("bptt", "checkpointed bptt")),
+        ("selective", 1, "bptt"),
+    ],
 )
-def test_what_checkpointed_layers_compute_again_is_run_but_not_counted(how, kind, build_model, random_of, fixed_depth):
-    if kind.endswith("bptt"):
-        model, objective = build_model(False), fixed_depth(5, 3, activation_checkpointing=kind != "bptt")
+def test_what_checkpointed_layers_compute_again_is_run_but_not_counted(how, interval, kind, build_model, random_of, fixed_depth):
+    """With interval 2 one layer of each part, and an iteration's last is not among them; with 3 that and the first of all."""
+    unrolled, layers = kind.endswith("bptt"), {"prelude_layers": 1, "core_layers": 3, "coda_layers": 2}
+    model = build_model(not unrolled, **layers)
+    if unrolled:
+        objective = fixed_depth(5, 3, activation_checkpointing=kind != "bptt")
     else:
-        model, noise = build_model(True), NoiseSettings(level_per="token" if "token" in kind else "sequence")
-        objective = DiffusionBlocks(noise, 4)
+        objective = DiffusionBlocks(NoiseSettings(level_per="token" if "token" in kind else "sequence"), 4)
+    objective.layer_checkpointing_interval = interval
     counts, tokens = [], ids(2, 9)
     for objective.layer_checkpointing in ("none", how):
-        model.checkpoint_layers(objective.layer_checkpointing)
+        model.checkpoint_layers(objective.layer_checkpointing, interval)
         run = counted(lambda: objective(model, tokens, random_of(range(2))).value.backward())
         counts.append((run, objective.recomputed_flops(model.config, 8) * 2 * 8))
     (plain, before), (actual, after) = counts
     assert actual - plain == pytest.approx(after - before, rel=1e-12)
-    assert (after > before) == (how == "full" or not kind.endswith("bptt")), "without noise levels, `selective` computes no product again"
+    assert (after > before) == (how == "full" or not unrolled), "without noise levels, `selective` computes no product again"
 
 
 @pytest.mark.parametrize("settings, limit", [({}, 8), ({"gradient": "full"}, math.inf), ({"gradient": "local"}, 1)])
