@@ -43,6 +43,7 @@ MEASURED = [
     ("blocks", "block-parallel", 2, 2, 15.72, 17.36, 30.09),
     ("blocks", "fp8", 1, 1, 10.22, 11.86, 21.38),
     ("blocks objective.layer_checkpointing=selective", "fp8", 1, 1, 9.34, 11.06, 20.58),
+    ("blocks objective.layer_checkpointing=full objective.layer_checkpointing_interval=4", "fp8", 1, 1, 8.09, 9.73, 19.32),
     ("truncated", "zero-1", 1, 1, 61.94, 62.55, 76.66),
     ("truncated", "zero-1", 2, 1, 61.95, 62.55, 71.96),
     ("truncated", "zero-2", 1, 1, 61.94, 62.55, 73.52),
