@@ -16,7 +16,7 @@
 #   bash launch/performance.sh width         with the width, at the 850M model's proportions
 #   bash launch/performance.sh length        850M: with the length of a sequence, to 16,384
 #   bash launch/performance.sh profile       traces of small and large, and their ten costliest kernels
-#   bash launch/performance.sh report        tables, rows and plots of all that has been measured
+#   bash launch/performance.sh report [EARLIER.json]   tables, rows and plots of all that has been measured, and of the rows of another report
 # FOLDER (runs/performance) is where everything goes; SETTINGS are more overrides, OPTIONS more options of `rdtrain bench`, for every stage.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -66,7 +66,7 @@ profile)
         if [ $stage = profile-small ]; then config=70m vocabulary=8192; else config=1b vocabulary=32768; fi
         bench $config -- --vocab-size $vocabulary --steps 10 --profile "$folder/$stage"
     done ;;
-report) "${PYTHON:-python3}" -m rdtrain.bench.stages "$folder" ;;
+report) "${PYTHON:-python3}" -m rdtrain.bench.stages "$folder" "$@" ;;
 *)
     sed -n '2,/^set/p' "$0" | sed '/^set/d; s/^# \{0,1\}//'
     [ "$stage" = help ] || exit 2 ;;

@@ -14,7 +14,7 @@ import rdtrain.bench.command as command
 from rdtrain.bench.arms import cases
 from rdtrain.bench.command import BenchSettings, bench
 from rdtrain.bench.measure import Effort, step_flops
-from rdtrain.bench.stages import collect, page
+from rdtrain.bench.stages import collect, page, plot_stages
 from rdtrain.bench.trace import covered, lengths
 from rdtrain.config import load_config, override
 from rdtrain.distributed import World
@@ -99,7 +99,19 @@ def test_a_sweep_with_shards_and_a_profile(tiny_config, tmp_path, rdtrain):
     assert sum(kernel["share"] for kernel in rows[0]["kernels"]) <= 1 and rows[0]["kernels"][0]["name"] in result.stdout
     assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "traces").glob("*.json.gz"))) == 2
-    assert [row["value"] for row in collect(tmp_path)] == ["1", "2"] and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    first = collect(tmp_path)
+    assert [(row["value"], row["swept"]) for row in first] == [("1", "batch.micro_sequences"), ("2", "batch.micro_sequences")]
+    earlier = tmp_path / "performance.json"
+    others = [{**first[0], "commit": "an earlier one"}, {**first[1], "value": "4"}, {**first[0], "stage": "other", "swept": None}]
+    earlier.write_text(json.dumps(others))
+    rows = collect(tmp_path, earlier)
+    assert rows == [others[0], others[1], *first, others[2]]
+    earlier.write_text(json.dumps(rows))
+    assert collect(tmp_path, earlier) == rows  # none twice
+    assert plot_stages(rows, tmp_path) == [tmp_path / "out.png"] and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    earlier.write_text("[{}]")
+    with pytest.raises(UserError, match="performance.json cannot be read .*: give another"):
+        collect(tmp_path, earlier)
     assert not (tmp_path / "run").exists()
 
 

@@ -21,7 +21,7 @@ from ..errors import UserError, first_line, out_of_memory
 from ..run_folder import start_facts
 from .arms import Case, cases
 from .measure import Effort, Measurement, measure, on_paper
-from .report import plot_sweep, tables
+from .report import plot_sweep, point_of, tables
 
 
 @dataclass
@@ -83,7 +83,7 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     if not world.is_main:
         return None
     if swept is not None and settings.output is not None:
-        plot_sweep(rows, swept, settings.output / "sweep.png")
+        plot_sweep([point_of(row) for row in rows], swept, settings.output / "sweep.png")
     missing = len(planned) - len(rows)
     left = f"\n{missing} measurements were left, as {settings.budget:g} s are over: --resume makes them." if missing else ""
     return tables(rows, swept) + left

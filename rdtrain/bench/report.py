@@ -1,5 +1,6 @@
 """Measurements as people read them: two tables, the costliest kernels, and a plot of a sweep."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..tables import bytes_text, columns
@@ -123,33 +124,46 @@ def _times(times: float | None) -> str:
     return "-" if times is None else f"{times:.2f}"
 
 
-def plot_sweep(rows: list[Measurement], swept: str, path: Path) -> None:
+@dataclass
+class Point:
+    """What a plot shows of a measurement: seconds a token, of all ranks together, and peak bytes; None for both where memory ran out."""
+
+    arm: str
+    value: str
+    seconds: float | None
+    peak: float | None
+
+
+def point_of(row: Measurement) -> Point:
+    """A measurement of a sweep."""
+    found = (None, None) if row.out_of_memory else (seconds_per_token(row), row.memory["peak"])
+    return Point(row.arm, row.value, *found)
+
+
+def plot_sweep(points: list[Point], swept: str, path: Path) -> None:
     """Write a PNG: time a token and peak memory against the swept quantity, a line for each arm; a cross where memory ran out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    values = list(dict.fromkeys(row.value for row in rows))
+    values = list(dict.fromkeys(point.value for point in points))
     try:
         places = {value: float(value) for value in values}
     except ValueError:  # names stand side by side
         places = {value: float(number) for number, value in enumerate(values)}
     numbers = list(places.values())
     far = min(numbers) > 0 and max(numbers) / min(numbers) >= 4
-    panels = (
-        ("time a token (microseconds)", lambda row: 1e6 * seconds_per_token(row)),
-        ("peak memory (GiB)", lambda row: row.memory["peak"] / GIB),
-    )
+    panels = (("time a token (microseconds)", lambda point: 1e6 * point.seconds), ("peak memory (GiB)", lambda point: point.peak / GIB))
     figure, all_axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axes, (label, measure) in zip(all_axes, panels):
-        for arm in dict.fromkeys(row.arm for row in rows):
-            done = [row for row in rows if row.arm == arm and not row.out_of_memory]
-            line, = axes.plot([places[row.value] for row in done], [measure(row) for row in done], marker="o", markersize=4, label=arm)
-            failed = [row for row in rows if row.arm == arm and row.out_of_memory]
+        for arm in dict.fromkeys(point.arm for point in points):
+            done = sorted((point for point in points if point.arm == arm and point.peak is not None), key=lambda point: places[point.value])
+            line, = axes.plot([places[point.value] for point in done], [measure(point) for point in done], "o-", markersize=4, label=arm)
+            failed = [point for point in points if point.arm == arm and point.peak is None]
             if failed:  # at the top of the picture
                 axes.plot(
-                    [places[row.value] for row in failed], [0.98] * len(failed), "x", color=line.get_color(),
+                    [places[point.value] for point in failed], [0.98] * len(failed), "x", color=line.get_color(),
                     transform=axes.get_xaxis_transform(), label=f"{arm}: out of memory",
                 )
         if far:

@@ -2,6 +2,8 @@
 
 It writes FOLDER/performance.json, a row for each measurement, FOLDER/performance.md, a table for each stage, and FOLDER/STAGE.png, a plot
 of each sweep, of one that is not complete too. A row in which the percentiles lie far apart was disturbed: look at it before it is copied.
+The rows of an earlier performance.json can be given as well, as a machine may not be there for all stages at once: they come before the new
+ones of their stage, and a plot has the last of each arm and value.
 """
 
 import argparse
@@ -11,8 +13,7 @@ from pathlib import Path
 from ..data.output import write_atomically
 from ..errors import UserError, user_errors_as_exit
 from ..tables import markdown_lines
-from .measure import Measurement
-from .report import plot_sweep
+from .report import Point, plot_sweep
 
 GIB = 2**30
 KINDS = ("peak", "reserved", "weights", "gradients", "optimizer_state", "activations", "passes")
@@ -22,29 +23,45 @@ HEADER = [
 ]
 
 
-def collect(folder: Path) -> list[dict]:
-    """All measurements of the stages in a folder, in ms, TFLOP/s and GiB, and plots of those that are sweeps. UserError where there are
-    none, or they cannot be read."""
-    rows, sweeps = [], []
-    for path in sorted(folder.glob("*/bench.json")):
+def collect(folder: Path, earlier: Path | None = None) -> list[dict]:
+    """All measurements of the stages in a folder, in ms, TFLOP/s and GiB, behind those of an `earlier` performance.json, stage by stage.
+    UserError where there are none, or they cannot be read."""
+    rows = []
+    for path in [*filter(None, [earlier]), *sorted(folder.glob("*/bench.json"))]:
         try:
             report = json.loads(path.read_text())
-            rows += [_row(path.parent.name, report["facts"], found) for found in report["measurements"]]
-            if report["swept"] is not None:
-                found = [Measurement(**found) for found in report["measurements"]]
-                sweeps.append((found, report["swept"], folder / f"{path.parent.name}.png"))
+            if path == earlier:
+                rows += [{name: row[name] for name in ("stage", "swept", "arm", "value")} | row for row in report]
+            else:
+                found = (_row(path.parent.name, report["swept"], report["facts"], found) for found in report["measurements"])
+                rows += [row for row in found if row not in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): remove it, and measure that stage again") from None
+            mend = "give another" if path == earlier else "remove it, and measure that stage again"
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): {mend}") from None
     if not rows:
         raise UserError(f"nothing has been measured in {folder}: start with `bash launch/performance.sh large`")
-    for sweep in sweeps:
-        plot_sweep(*sweep)
-    return rows
+    return [row for stage in dict.fromkeys(row["stage"] for row in rows) for row in rows if row["stage"] == stage]
 
 
-def _row(stage: str, facts: dict, found: dict) -> dict:
+def plot_stages(rows: list[dict], folder: Path) -> list[Path]:
+    """Plots of the stages that are sweeps."""
+    paths = []
+    for stage in dict.fromkeys(row["stage"] for row in rows if row["swept"]):
+        of_stage = [row for row in rows if row["stage"] == stage]
+        last = {(row["arm"], row["value"]): row for row in of_stage}.values()
+        points = [
+            Point(row["arm"], row["value"], 1 / row["tokens_per_second"], GIB * row["peak"]) if "ms" in row and "peak" in row
+            else Point(row["arm"], row["value"], None, None)
+            for row in last
+        ]
+        paths.append(folder / f"{stage}.png")
+        plot_sweep(points, of_stage[0]["swept"], paths[-1])
+    return paths
+
+
+def _row(stage: str, swept: str | None, facts: dict, found: dict) -> dict:
     row = {
-        "stage": stage, "commit": facts["commit"], "day": facts["started"][:10], "device": found["device"],
+        "stage": stage, "swept": swept, "commit": facts["commit"], "day": facts["started"][:10], "device": found["device"],
         "torch": facts["versions"]["torch"],
         **{name: found[name] for name in ("arm", "value", "micro_sequences", "sequence_length")},
         "estimated_peak": round(found["estimate"]["peak"] / GIB, 2),
@@ -89,13 +106,16 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m rdtrain.bench.stages", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="where launch/performance.sh has put its stages (FOLDER, runs/performance)")
-    folder = parser.parse_args().folder
+    parser.add_argument("earlier", type=Path, nargs="?", help="a performance.json, such as docs/results/performance.json")
+    given = parser.parse_args()
     with user_errors_as_exit():
-        rows = collect(folder)
+        rows = collect(given.folder, given.earlier)
         listed = ",\n ".join(json.dumps(row) for row in rows)
         for name, text in (("performance.json", f"[\n {listed}\n]\n"), ("performance.md", page(rows))):
-            write_atomically(folder / name, text)
-            print(folder / name)
+            write_atomically(given.folder / name, text)
+            print(given.folder / name)
+        for path in plot_stages(rows, given.folder):
+            print(path)
 
 
 if __name__ == "__main__":
