@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rdtrain.bench.generation as bench
 from rdtrain.bench.generation import Effort, Settings, measure_generation
-from rdtrain.bench.generation_arms import Arm, Subject, shape_of
+from rdtrain.bench.generation_arms import Arm, Subject, compile_layers, shape_of
 from rdtrain.bench.generation_report import mean_iterations, page, times_of_reading
 from rdtrain.errors import UserError
 from rdtrain.flops import generation_flops
+from rdtrain.model import compiled as compiled_module
 from rdtrain.model.chain import DenoisingChain, UnrolledChain
-from rdtrain.model.decoding import make_cache
+from rdtrain.model.decoding import Decoder, make_cache
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 from rdtrain.model.sampling import Sampling
 from rdtrain.model.text_random import TextRandom
@@ -44,6 +45,23 @@ def test_the_plain_transformer_makes_as_many_operations(build_model):
     assert abs(generation_flops(plain, 1, 64) - generation_flops(blocks, 8, 64)) <= layer / 2
     assert plain.iterations == 1 and plain.prelude_layers > 1 + 8 * 3 and not plain.noise_conditioning
     assert (unrolled.iterations, unrolled.core_layers, unrolled.unused_tokens) == (4, 2, 3) and not unrolled.posterior_readout
+
+
+def test_layers_that_are_compiled_by_themselves_share_their_code(build_model, monkeypatch):
+    graphs, outputs = [], []
+    monkeypatch.setattr(compiled_module, "_with_sums", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    torch._dynamo.reset()
+    compiled_module.compiled_part.cache_clear()
+    model = build_model(False, prelude_layers=6)
+    try:
+        for compiled in (False, True):
+            if compiled:
+                compile_layers(model)
+            decoder = Decoder(model, NOISE, 1, Sampling(), 1, 20)
+            outputs.append(torch.stack(list(decoder.generate(torch.tensor([[1, 2, 3]]), 0, 6))))
+    finally:
+        compiled_module.compiled_part.cache_clear()
+    assert torch.equal(*outputs) and len(graphs) == 2  # the prompt, and one position
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from ..model.decoding import Decoder, cache_bytes
 from ..model.noise import NoiseSchedule
 from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..run_folder import start_facts
-from .generation_arms import KINDS, Arm, Subject, build, shape_of
+from .generation_arms import KINDS, Arm, Subject, build, compile_layers, shape_of
 from .generation_report import page
 from .measure import device_name, seconds_of, synchronize
 from .trace import trace_steps
@@ -143,7 +143,7 @@ def measure(row: Row, arm: Arm, model: RecurrentDepthLM, noise: NoiseSchedule, e
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     capacity, capture = effort.prompt + effort.new, None if arm.graph else False
-    decoder = Decoder(model, noise, own, arm.sampling, row.batch, capacity, capture=capture, compiled=arm.compile)
+    decoder = Decoder(model, noise, own, arm.sampling, row.batch, capacity, capture=capture, compiled=arm.compile and arm.kind != "plain")
     ids = torch.randint(model.config.vocab_size, (row.batch, effort.prompt), generator=torch.Generator().manual_seed(0))
 
     def run(further: int) -> tuple[float, float]:
@@ -223,6 +223,7 @@ class Settings:
 def measure_generation(settings: Settings, device: torch.device) -> dict:
     """All cases, one after another; returns what generation.json has. UserError for anything that a user can mend."""
     started, effort = time.monotonic(), settings.effort
+    torch._dynamo.config.recompile_limit = 64  # arms and batches share compiled functions, and would run uncompiled beyond torch's 8 kinds
     arms, subjects = [Arm.parse(text) for text in settings.arms], [Subject.load(text, device) for text in settings.models]
     report = {"facts": start_facts(device.type), "device": device_name(device), "effort": asdict(effort), "complete": False}
     kept = _kept(settings.output, report) if settings.resume else {}
@@ -244,6 +245,8 @@ def measure_generation(settings: Settings, device: torch.device) -> dict:
                 nonlocal model
                 if model is None:
                     model = subject.model if arm.kind == "blocks" and subject.model else build(shape, subject.dtype, device)
+                    if arm.compile and arm.kind == "plain":
+                        compile_layers(model)
                 measure(row, arm, model, subject.noise, effort, (subject.name, arm.name) not in seen)
 
             measure_or_run_out(row, work, device)

@@ -1,5 +1,6 @@
 """Who generates, where the cost of generation is compared: denoising blocks, an unrolled model, a plain transformer; and their weights."""
 
+import functools
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from ..distributed import World
 from ..errors import UserError
 from ..estimate import model_on_paper
 from ..flops import forward_flops, generation_flops
+from ..model.compiled import compiled_part
 from ..model.generation import TextGenerator
 from ..model.information import InformationCurve
+from ..model.layers import SandwichBlock
 from ..model.noise import NoiseSchedule
 from ..model.recurrent import ModelConfig, ModelSettings, RecurrentDepthLM
 from ..model.sampling import Sampling
@@ -23,8 +26,8 @@ EXAMPLE = "configs/1b.yaml:32768"
 
 @dataclass
 class Arm:
-    """Who generates, and how. kind: one of KINDS; graph: whether steps are captured, on CUDA and where they can be; compile: whether their
-    layers are compiled."""
+    """Who generates, and how. kind: one of KINDS; graph: whether steps are captured, on CUDA and where they can be; compile: whether they
+    are compiled, of a plain transformer layer by layer."""
 
     name: str
     kind: str
@@ -99,6 +102,13 @@ def shape_of(kind: str, blocks: ModelConfig, iterations: int, length: int) -> Mo
     plain = replace(unrolled, prelude_layers=1, core_layers=1, coda_layers=1, iterations=1, initial_state="zero")
     missing = generation_flops(blocks, iterations, length) - generation_flops(plain, 1, length)
     return replace(plain, prelude_layers=1 + max(0, round(missing / forward_flops(plain, length).layer)))
+
+
+def compile_layers(model: RecurrentDepthLM) -> None:
+    """Each layer compiled by itself, with code for all: the hundreds that only a plain transformer has would take minutes as one."""
+    for layer in model.modules():
+        if isinstance(layer, SandwichBlock):
+            layer.forward = functools.partial(compiled_part(SandwichBlock.forward), layer)
 
 
 def build(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> RecurrentDepthLM:
