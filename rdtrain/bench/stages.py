@@ -30,7 +30,7 @@ def collect(folder: Path, earlier: Path | None = None) -> list[dict]:
     for path in [*filter(None, [earlier]), *sorted(folder.glob("*/bench.json"))]:
         try:
             report = json.loads(path.read_text())
-            if path == earlier:
+            if path == earlier:  # KeyError for what is no such report
                 rows += [{name: row[name] for name in ("stage", "swept", "arm", "value")} | row for row in report]
             else:
                 found = (_row(path.parent.name, report["swept"], report["facts"], found) for found in report["measurements"])
@@ -49,14 +49,15 @@ def plot_stages(rows: list[dict], folder: Path) -> list[Path]:
     for stage in dict.fromkeys(row["stage"] for row in rows if row["swept"]):
         of_stage = [row for row in rows if row["stage"] == stage]
         last = {(row["arm"], row["value"]): row for row in of_stage}.values()
-        points = [
-            Point(row["arm"], row["value"], 1 / row["tokens_per_second"], GIB * row["peak"]) if "ms" in row and "peak" in row
-            else Point(row["arm"], row["value"], None, None)
-            for row in last
-        ]
+        points = [Point(row["arm"], row["value"], *_found(row)) for row in last]
         paths.append(folder / f"{stage}.png")
         plot_sweep(points, of_stage[0]["swept"], paths[-1])
     return paths
+
+
+def _found(row: dict) -> tuple[float, float] | tuple[None, None]:
+    """Seconds a token and peak bytes, as a `Point` has them."""
+    return (None, None) if row.get("out_of_memory") else (1 / row["tokens_per_second"], GIB * row["peak"])
 
 
 def _row(stage: str, swept: str | None, facts: dict, found: dict) -> dict:

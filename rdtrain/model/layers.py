@@ -16,7 +16,6 @@ from .checkpointing import LayerCheckpointing, checkpointed
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
 """Scale and shift of a layer's input norm before attention, and of that before the MLP, each [B, 1 or T, width]."""
 
-
 Conditioning = Tensor | list[Modulation] | None
 """A noise level as layers take it: [B, 1 or T, conditioning width], or what each layer makes of it (`modulations`); None where they take
 none."""
