@@ -116,7 +116,6 @@ resume() {
 }
 
 measure() {
-    grep -qs '"complete": true' "$folder/measure/plan.json" && { echo "complete"; return; }
     local left=1000000000
     [ -z "${BUDGET:-}" ] || left=$((BUDGET - SECONDS))
     "$python" -m rdtrain.scaling.measure ${SETTINGS:-} --models $models --counts $counts --output "$folder/measure" --budget "$left" \
