@@ -12,7 +12,7 @@ from rdtrain.activations import Passes, activation_bytes
 from rdtrain.config import load_config
 from rdtrain.metrics import read_metrics
 from rdtrain.model.information import UNIT
-from rdtrain.model.layers import SandwichBlock
+from rdtrain.model.layers import GatedMLP, SandwichBlock
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import ObjectiveSettings, build_objective
 from rdtrain.randomness import SampleRandom
@@ -60,6 +60,19 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_its_warm_up_leaves_no_
         assert sum(states[True]["pending"][1]) * UNIT == STEPS * 4 * 16
         assert states[True]["pending"][1] == states[False]["pending"][1]
         assert states[True]["information_curve"] == states[False]["information_curve"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_gated_mlp_has_the_gradients_of_a_plain_one(compiler, dtype):
+    """Of a width that no number of parts divides (see halves.py)."""
+    torch.manual_seed(0)
+    mlp, x, above = GatedMLP(24, 321).to(dtype), torch.randn(2, 7, 24, dtype=dtype, requires_grad=True), torch.randn(2, 7, 24, dtype=dtype)
+    found = []
+    for function in (mlp, torch.compile(mlp, fullgraph=True, dynamic=False)):
+        out = function(x)
+        found.append((out, *torch.autograd.grad(out, (x, *mlp.parameters()), above)))
+    for expected, actual in zip(*found, strict=True):
+        assert (actual - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
 def test_a_machine_without_a_compiler_is_refused_in_one_sentence(tiny_config, rdtrain, refused, tmp_path, monkeypatch):

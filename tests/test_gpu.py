@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 from rdtrain.bench.command import BenchSettings, bench
 from rdtrain.bench.measure import Effort
@@ -12,6 +13,8 @@ from rdtrain.config import load_config
 from rdtrain.distributed import World, agree
 from rdtrain.engine import EngineSettings, build_engine, start_processes
 from rdtrain.model.attention import attention_backend, causal_attention, document_mask
+from rdtrain.model.halves import PARTS
+from rdtrain.model.layers import GatedMLP
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import ObjectiveSettings, build_objective
@@ -126,6 +129,13 @@ def test_products_in_fp8_train_as_those_in_bf16(engine):
     plain, other = losses
     assert plain[-20:].mean() < plain[:20].mean() and not torch.equal(plain, other)
     assert (other[:20] - plain[:20]).abs().max() < 0.05 and (other - plain).mean().abs() < 0.02
+
+
+def test_the_gradients_of_gate_and_value_are_written_in_place_in_a_kernel_for_each_part():
+    """Three numbers read for two written, by no kernel that chooses between the halves."""
+    mlp, x = GatedMLP(128, 1000).to("cuda", torch.bfloat16), torch.randn(256, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    _, codes = run_fw_bw_and_get_code(lambda: torch.compile(mlp, fullgraph=True, dynamic=False)(x))
+    assert codes[-1].count("'num_load': 3, 'num_store': 2") == PARTS and "tl.where" not in codes[-1]
 
 
 @pytest.mark.parametrize("head_width", [64, 96, 128, 256, 264])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .attention import attend_from_one, causal_attention
 from .cache import CacheSlot
 from .checkpointing import LayerCheckpointing, checkpointed
+from .halves import halves
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
 """Scale and shift of a layer's input norm before attention, and of that before the MLP, each [B, 1 or T, width]."""
@@ -94,7 +95,7 @@ class GatedMLP(nn.Module):
         self.output = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.gate_value(x).chunk(2, dim=-1)
+        gate, value = halves(self.gate_value(x))
         return self.output(F.silu(gate) * value)
 
 
