@@ -1,5 +1,6 @@
 """What the tests share: a tiny model, tiny shards made from real text, and the commands as a user would start them."""
 
+import gc
 import json
 import os
 import shutil
@@ -40,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     those of many processes and the other those of one for most of the time, and none is left alone with a test of minutes."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported by now, a million objects, the garbage collector need not search again and again: a sixth of all time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
