@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.mark.parametrize(("length", "cases"), [("short", 21), pytest.param("full", 36, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("length", "cases"), [("short", 15), pytest.param("full", 36, marks=pytest.mark.slow)])
 def test_idle_blocks_stand_still_and_trained_ones_follow_the_reference_on_every_engine(ranks, tmp_path, length, cases):
     result = ranks(tmp_path, length, script="tests/distributed/blocks_process.py", gpus=True, timeout=500)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

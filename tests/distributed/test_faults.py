@@ -18,16 +18,22 @@ from rdtrain.scaling.processes import free_port
 FAULTY = "tests/distributed/faulty_train.py"
 
 
+@pytest.fixture(params=["ranks", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def started(request):
+    """Run a script as two ranks; in a slow test by the `deepspeed` command, whose own part others of this file have in every run."""
+    return request.getfixturevalue(request.param)
+
+
 def test_every_engine_leaves_bad_steps_out(ranks, tmp_path):
     result = ranks(tmp_path, script="tests/distributed/skips_process.py", gpus=True, timeout=400)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 15
 
 
-def test_steps_that_stay_bad_stop_the_run_with_their_batches_written_down(deepspeed, ranks, tiny_config, tmp_path, refused):
+def test_steps_that_stay_bad_stop_the_run_with_their_batches_written_down(started, ranks, tiny_config, tmp_path, refused):
     """Rank 1's losses alone are not numbers, from step 6 on; the checkpoint of step 6 has no new weights and is not written."""
     path = tiny_config(engine={"name": "deepspeed"}, checkpoint={"interval": 3}, faults={"stop_after_skipped": 3}, schedule={"steps": 40})
-    result = deepspeed("fault=nan-from:6", "--config", path, script=FAULTY)
+    result = started("fault=nan-from:6", "--config", path, script=FAULTY)
     refused(result, "3 steps in a row were skipped, the last of them step 8 with loss nan", "skipped_steps.json")
     assert "step 6 skipped: loss nan" in result.stderr
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000003"]
@@ -60,9 +66,9 @@ def test_a_store_that_one_rank_cannot_read_stops_all_and_the_next_start_continue
     assert result.returncode == 0 and "continuing from step 3" in result.stdout, result.stderr
 
 
-def test_a_rank_that_hangs_ends_the_run_with_every_stack_written_down(deepspeed, tiny_config, tmp_path):
+def test_a_rank_that_hangs_ends_the_run_with_every_stack_written_down(started, tiny_config, tmp_path):
     config = tiny_config(engine={"name": "deepspeed"}, faults={"hang_seconds": 8})
-    result = deepspeed("fault=hang:3", "--config", config, script=FAULTY, timeout=90)
+    result = started("fault=hang:3", "--config", config, script=FAULTY, timeout=90)
     assert result.returncode == 124, result.stderr
     assert "rank 1 has been in step 3 for" in result.stderr and "start the same command again to continue" in result.stderr
     stacks = [(tmp_path / f"run/stacks-rank-{rank}.txt").read_text() for rank in (0, 1)]

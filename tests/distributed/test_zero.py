@@ -133,8 +133,9 @@ def test_bf16_trains_next_to_fp32(tiny_config, tmp_path, ranks, stage):
     assert recorded(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=0.03)
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_a_checkpoint_and_the_next_start_continues(tiny_config, tmp_path):
-    """Ctrl-C in a terminal: SIGINT to the launcher and all its processes."""
+    """Ctrl-C in a terminal: SIGINT to the launcher and all its processes. test_quickstart.py interrupts the same in every run."""
     path = tiny_config(engine={"name": "deepspeed"}, schedule={"steps": 400}, checkpoint={"interval": 400}, evaluation={"interval": 400})
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--"]
     command = [*launcher, "launch/train.py"]
@@ -158,8 +159,6 @@ def test_an_interrupt_saves_a_checkpoint_and_the_next_start_continues(tiny_confi
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
 
 
 def test_ranks_of_which_one_alone_is_told_estimates_train_as_one_process_does(tiny_config, tmp_path, ranks):
