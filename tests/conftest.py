@@ -223,6 +223,13 @@ def rdtrain(process_server):
 
 
 @pytest.fixture
+def alone(process_server):
+    """Run `python FOLDER ARGUMENTS` of an exported model where `import rdtrain` fails, in a process that starts in no time, as torch is
+    there already; `rdtrain generate` starts one anew."""
+    return lambda folder, *arguments: process_server("tests/alone.py", (folder, *arguments), 120, [{}])
+
+
+@pytest.fixture
 def deepspeed(process_server):
     """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in. On the CPU the command
     itself is forked, and starts the others anew."""

@@ -14,7 +14,7 @@ from rdtrain.train import train
 ALL = {"self_conditioning": True, "chain_states": True, "core_readout": True}
 
 
-def test_all_three_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp_path, rdtrain, assert_resumes_bit_for_bit):
+def test_all_three_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp_path, rdtrain, alone, assert_resumes_bit_for_bit):
     # Without what would make the tokens depend little on where the chain is read.
     objective = ALL | {"posterior_readout": False, "wiener_input": False, "optional_state": False}
     config = tiny_config(objective=objective, schedule={"steps": 40}, checkpoint={"interval": 20}, evaluation={"interval": 20})
@@ -33,9 +33,9 @@ def test_all_three_train_resume_bit_for_bit_export_and_generate(tiny_config, tmp
     assert result.returncode == 0 and "bit for bit" in result.stdout, result.stderr
     model = json.loads((tmp_path / "model/config.json").read_text())["model"]
     assert model["self_conditioning"] and model["core_readout"]
-    command = ("generate", tmp_path / "model", "--prompt", "The function", "--max-new-tokens", "40")
+    command = (tmp_path / "model", "--prompt", "The function", "--max-new-tokens", "40")
     from_core = ("--chain-readout", "core")
-    coda, core, uncached = (rdtrain(*command, *extra) for extra in ((), from_core, (*from_core, "--no-cache")))
+    coda, core, uncached = (alone(*command, *extra) for extra in ((), from_core, (*from_core, "--no-cache")))
     for result in (coda, core, uncached):
         assert result.returncode == 0 and result.stdout.startswith("The function"), result.stderr
     assert coda.stdout != core.stdout == uncached.stdout
@@ -49,13 +49,13 @@ def exported(request, tiny_config, tmp_path, rdtrain):
     return request.param, tmp_path / "model"
 
 
-def test_generating_from_the_core_of_a_model_without_a_core_readout_is_refused(exported, rdtrain, shards, tmp_path, refused):
+def test_generating_from_the_core_of_a_model_without_a_core_readout_is_refused(exported, alone, rdtrain, shards, tmp_path, refused):
     name, folder = exported
-    result = rdtrain("generate", folder, "--prompt", "A", "--chain-readout", "core")
+    result = alone(folder, "--prompt", "A", "--chain-readout", "core")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     expected = "chain_readout=core needs a model" if name == "diffusion_blocks" else "solver and chain_* are settings of a denoising"
     assert f"model: {expected}" in result.stderr and len(result.stderr.strip().splitlines()) == 1
-    result = rdtrain("generate", folder, "--chain-readout", "head")
+    result = alone(folder, "--chain-readout", "head")
     assert result.returncode == 1 and "chain_readout must be coda or core, and it is head" in result.stderr
     if name == "diffusion_blocks":
         result = rdtrain("evaluate", folder, "--shards", shards / "validation", "--output", tmp_path / "report", "--skip", "likelihood",

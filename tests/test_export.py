@@ -48,12 +48,6 @@ def exported(request, tiny_config, tmp_path, tmp_path_factory, rdtrain, made) ->
     return tmp_path / "model"
 
 
-@pytest.fixture
-def alone(process_server):
-    """Run `python FOLDER ARGUMENTS` where `import rdtrain` fails, in a process that starts in no time, as torch is there already."""
-    return lambda folder, *arguments: process_server("tests/alone.py", (folder, *arguments), 120, [{}])
-
-
 def all_alone(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     """As `alone` does, in a process that Python starts anew, from another directory."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -126,14 +120,15 @@ def test_compiled_layers_write_the_same_text(exported, alone):
     assert refused.returncode == 1 and "--compile is for steps of one position" in refused.stderr
 
 
+@pytest.mark.parametrize("exported", ["diffusion_blocks", "bptt"], indirect=True)
 def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
     result = rdtrain("generate", exported, "--prompt", "A", "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5")
     assert result.returncode == 0 and result.stderr.count("K = 2") == 2, result.stderr
-    assert "--temperature" in rdtrain("generate", exported, "--help").stdout
     chain = ("--solver", "ancestral", "--chain-temperature", "0.9", "--chain-top-p", "0.9", "--min-p", "0.01")
     changed = rdtrain("generate", exported, "--prompt", "A", "--iterations", "2", "--max-new-tokens", "5", *chain)
     if json.loads((exported / "config.json").read_text())["model"]["noise_conditioning"]:
         assert changed.returncode == 0 and changed.stdout.startswith("A") and changed.stdout.strip() not in result.stdout
+        assert "--temperature" in rdtrain("generate", exported, "--help").stdout
     else:
         assert changed.returncode == 1 and "leave them out" in changed.stderr and "Traceback" not in changed.stderr
 
