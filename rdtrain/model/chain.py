@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .adaptive import Exits
 from .cache import CacheSlot, KeyValueCache
-from .compiled import compiled_part
+from .compiled import compiled_part, is_sum
 from .denoiser import NoiseLevel, denoise_at
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM, initial_state
@@ -130,6 +130,8 @@ class DenoisingChain(Chain):
             at = [NoiseLevel.at(model, torch.full((1, 1), sigma, device=weight.device), self._sigma_data) for sigma in levels[:-1]]
             self._levels = [level.of_layers(model, model.config.block_of(k, iterations)) for k, level in enumerate(at)]
             self._targets = model.unit_embeddings().to(weight.dtype)  # all are read in each iteration
+            if is_sum(1, self._targets):  # a channel after another, as compiled code sums them
+                self._targets = self._targets.t().contiguous().t()
         self._inverse_lengths = model.inverse_lengths() if model.config.posterior_readout else None
         self._states: list[Tensor | None] = [None] * iterations  # without a cache
 

@@ -18,7 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .compiled import is_sum
 from .text_random import ITERATION, PositionRandom
+
+PART = 512
+"""Tokens of each part in which compiled code takes the mean of all targets: as many numbers of a row as the smallest rows of weights that
+it reads at full speed."""
 
 
 def draw_tokens(logits: Tensor, exponential: Tensor) -> Tensor:
@@ -69,7 +74,26 @@ def ancestral_step(z: Tensor, target: Tensor, eps: Tensor, sigma: float, sigma_n
 
 def expected_target(logits: Tensor, unit_embeddings: Tensor) -> Tensor:
     """The mean of all targets [V, d] under logits [..., V] -> [..., d], by a product in the targets' dtype."""
+    vocabulary = logits.shape[-1]
+    if torch.compiler.is_compiling() and is_sum(logits.numel() // vocabulary, unit_embeddings) and vocabulary % PART == 0:
+        return mean_by_parts(logits.view(vocabulary), unit_embeddings.t()).view(*logits.shape[:-1], -1)
     return (logits.softmax(-1).to(unit_embeddings.dtype) @ unit_embeddings).to(logits.dtype)
+
+
+def mean_by_parts(logits: Tensor, rows: Tensor) -> Tensor:
+    """`expected_target` of one position in fp32, for compiled code: logits [V], rows [d, V] -> [d], for V a multiple of PART.
+
+    One sum over all tokens for each of a few hundred channels would keep few of a GPU's processors busy. So one kernel sums each part of
+    each channel's row, and a second all parts. Every row takes the largest logit and the sum of weights anew, by which these kernels are
+    two: a softmax before them would be another, with one sum over all tokens.
+    """
+    channels, tokens = rows.shape
+    parts = logits.view(1, tokens // PART, PART).expand(channels, -1, -1)
+    largest = parts.amax(-1).clamp_min(torch.finfo(logits.dtype).min)  # a part whose logits are all -inf has no weight
+    weights = (parts - largest.unsqueeze(-1)).exp()
+    share = (largest - largest.amax(-1, keepdim=True)).exp()
+    sums = (weights * rows.view(parts.shape)).sum(-1)
+    return (share * sums).sum(-1) / (share * weights.sum(-1)).sum(-1)
 
 
 class Solver:
