@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .attention import attend_from_one, causal_attention
 from .cache import CacheSlot
 from .checkpointing import LayerCheckpointing, checkpointed
+from .compiled import multiply, once, spread
 from .halves import halves
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -73,8 +74,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], slot: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
         """x [B, T, width], whose positions see themselves and those in the slot -> [B, T, width]."""
-        batch, length, width = x.shape
-        heads = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        batch, length, width = x.shape[0], x.shape[1], x.shape[-1]
+        heads = multiply(x, self.query_key_value).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         query, key = rotate(query, rotary), rotate(key, rotary)
         if slot is not None:
@@ -95,7 +96,7 @@ class GatedMLP(nn.Module):
         self.output = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = halves(self.gate_value(x))
+        gate, value = halves(multiply(x, self.gate_value))
         return self.output(F.silu(gate) * value)
 
 
@@ -114,12 +115,13 @@ class SandwichBlock(nn.Module):
         self.modulation = None if conditioning_width is None else nn.Linear(conditioning_width, 4 * width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | Modulation | None = None,
-                slot: CacheSlot | None = None, mask: Tensor | None = None) -> Tensor:
+                slot: CacheSlot | None = None, mask: Tensor | None = None, followed: bool = False) -> Tensor:
         """x: [B, T, width]; conditioning: [B, 1 or T, conditioning width], needed by a block that was built for it, or what `modulate`
-        makes of it. mask: as `causal_attention` takes it; a slot has its own."""
+        makes of it. mask: as `causal_attention` takes it; a slot has its own.
+        followed: whether the output goes into another layer in the same compiled code, which takes it as `spread` may have it."""
         # In this order, so that what is compiled without gradient holds for both kinds of layer: torch keeps code for eight kinds of calls.
         if not torch.is_grad_enabled() or self.checkpointing == "none":
-            return self._forward(x, rotary, conditioning, slot, mask)
+            return self._forward(x, rotary, conditioning, slot, mask, followed)
         return checkpointed(self.checkpointing, self._forward, x, rotary, conditioning, slot, mask)
 
     def modulate(self, conditioning: Tensor) -> Modulation:
@@ -127,13 +129,16 @@ class SandwichBlock(nn.Module):
         return self.modulation(conditioning).chunk(4, dim=-1)
 
     def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor | Modulation | None, slot: CacheSlot | None,
-                 mask: Tensor | None) -> Tensor:
+                 mask: Tensor | None, followed: bool = False) -> Tensor:
         attention_scale = attention_shift = mlp_scale = mlp_shift = 0.0
         if self.modulation is not None:
             known = self.modulate(conditioning) if isinstance(conditioning, Tensor) else conditioning
             attention_scale, attention_shift, mlp_scale, mlp_shift = known
-        x = self.norm2(x + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot, mask))
-        return self.norm4(x + self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift))
+        x = spread(x, self.attention.query_key_value)
+        x = once(x) + self.attention(self.norm1(x) * (1 + attention_scale) + attention_shift, rotary, slot, mask)
+        x = self.norm2(spread(x, self.mlp.gate_value))
+        x = once(x) + self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift)
+        return self.norm4(spread(x, self.attention.query_key_value if followed else None))
 
 
 def modulations(layers: nn.ModuleList, conditioning: Tensor) -> list[Modulation]:
@@ -145,7 +150,8 @@ def run_layers(rotary: RotaryTable, layers: nn.ModuleList, x: Tensor, conditioni
                cache: list[CacheSlot] | None, mask: Tensor | None = None) -> Tensor:
     """Layers one after another, each with its slot of the cache, or all with one mask: x [B, T, d] -> [B, T, d]."""
     turns = cache[0].place.turns if cache else rotary(0, x.shape[1], x.device)
+    joined = cache is not None and torch.compiler.is_compiling()
     for index, layer in enumerate(layers):
         own = conditioning[index] if isinstance(conditioning, list) else conditioning
-        x = layer(x, turns, own, cache[index] if cache else None, mask)
+        x = layer(x, turns, own, cache[index] if cache else None, mask, joined and index + 1 < len(layers))
     return x

@@ -5,6 +5,12 @@ import pytest
 import torch
 
 from rdtrain.model import chain, compiled, recurrent, solvers
+from rdtrain.model.cache import KeyValueCache
+from rdtrain.model.compiled import compiled_part, once, spread
+from rdtrain.model.decoding import Decoder
+from rdtrain.model.layers import run_layers
+from rdtrain.model.noise import NoiseSchedule, NoiseSettings
+from rdtrain.model.sampling import Sampling
 from rdtrain.model.solvers import expected_target
 
 
@@ -35,3 +41,45 @@ def test_the_expected_target_summed_in_parts_is_that_of_float64(compiling, cut):
     found = expected_target(logits.float(), targets.float().t().contiguous().t())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), logits.softmax(-1) @ targets, rtol=1e-5, atol=1e-6)
+
+
+def test_one_position_is_spread_for_sums_alone(compiling):
+    x, product = draw(1, 1, 5), torch.nn.Linear(5, 7)
+    assert spread(x, product) is x
+    compiling()
+    assert torch.equal(spread(x, product), x.unsqueeze(2).expand(1, 1, 7, 5)) and torch.equal(once(spread(x, product)), x)
+    several = x.expand(1, 2, 5)
+    assert spread(x, None) is x and spread(several, product) is several
+
+
+def test_layers_with_norms_computed_anew_for_each_output_are_the_same(build_model, perturb, compiling):
+    """The second layer takes the first one's output as it is spread."""
+    model, x, found = perturb(build_model(False, core_layers=2)), draw(1, 4, 32), []
+    with torch.no_grad():
+        for step in (None, compiling):
+            cache = KeyValueCache(model.config, 1, 1, 1, 9, model.embedding.weight)
+            for start, stop in ((0, 3), (3, 4)):
+                if start and step is not None:
+                    step()
+                cache.place.begin(model.rotary, stop - start)
+                out = run_layers(model.rotary, model.cores[0].layers, x[:, start:stop], None, cache.core[0])
+                cache.advance()
+            found.append((out, *(tensor for slot in cache.core[0] for tensor in (slot.keys, slot.values))))
+    assert found[0][0].shape == (1, 1, 32)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_one_text_is_written_as_without_compilation(build_model, sums, monkeypatch):
+    """As the compiler is given it, but run as it stands."""
+    model, texts = build_model(True, posterior_readout=True), []
+    monkeypatch.setattr(solvers, "PART", 10)  # of a vocabulary of 50
+    monkeypatch.setattr(compiled, "_with_sums", lambda graph, inputs: graph.forward)
+    torch._dynamo.reset()
+    compiled_part.cache_clear()
+    try:
+        for compiles in (False, True):
+            decoder = Decoder(model, NoiseSchedule(NoiseSettings()), 6, Sampling(), 1, 70, compiled=compiles)
+            texts.append(torch.stack(list(decoder.generate(torch.tensor([[3, 14, 15, 9, 26]]), 1, 8))))
+    finally:
+        compiled_part.cache_clear()
+    assert torch.equal(*texts)
