@@ -15,6 +15,10 @@ from .attention import additive_mask, half_precision
 
 SMALLEST_VIEW = 64  # columns that a pass over one position attends to at least; then twice as many, and so on
 
+LARGEST_REWRITTEN = 2**20
+"""Numbers of the largest keys that compiled code writes in full where only one column is new: the kernel that reads them does it, which
+takes less time than a kernel more would for that column."""
+
 
 def cache_of(iteration: int, iterations: int, caches: int, order: str) -> int:
     """Which of so many caches (0: one for each iteration) an iteration, from 0, uses.
@@ -75,6 +79,11 @@ class CachePlace:
         self._shape_mask()
         self.turns = tuple(table[self.positions].unsqueeze(1) for table in self._table)
 
+    @property
+    def is_new(self) -> Tensor:
+        """Of the columns that a pass over one position attends to, which is its own: bool [columns, 1]."""
+        return (self._columns[: self.shown] == self.column).unsqueeze(1)
+
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows [R] of the batch, until the next pass."""
         self.rows = rows
@@ -128,12 +137,15 @@ class CacheSlot:
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def _put(self, stored: Tensor, new: Tensor) -> Tensor:
-        place = self.place
-        if place.rows is None:
+        place, seen = self.place, stored[:, :, : self.place.shown]
+        if place.rows is not None:
+            stored[place.rows, :, place.column] = new[:, :, 0]
+            return seen.index_select(0, place.rows)
+        if torch.compiler.is_compiling() and len(new) == 1 and seen.numel() <= LARGEST_REWRITTEN:
+            seen[:] = torch.where(place.is_new, new, seen)
+        else:
             stored.index_copy_(2, place.column, new)
-            return stored[:, :, : place.shown]
-        stored[place.rows, :, place.column] = new[:, :, 0]
-        return stored[:, :, : place.shown].index_select(0, place.rows)
+        return seen
 
 
 class KeyValueCache:

@@ -63,6 +63,13 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
+def rotate_pairs(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate` for one position in compiled code: the same without joining two parts, so short that what reads it computes it instead."""
+    cos, sin = (table.unsqueeze(-2) for table in rotary)
+    pairs, signs = x.float().unflatten(-1, (2, -1)), torch.arange(-1, 2, 2, device=x.device).unsqueeze(-1)
+    return (pairs * cos + pairs.flip(-2) * sin * signs).flatten(-2).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions."""
 
@@ -77,10 +84,12 @@ class Attention(nn.Module):
         batch, length, width = x.shape[0], x.shape[1], x.shape[-1]
         heads = multiply(x, self.query_key_value).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        compiled_step = slot is not None and slot.place.one_position and torch.compiler.is_compiling()
+        turn = rotate_pairs if compiled_step else rotate
+        query, key = turn(query, rotary), turn(key, rotary)
         if slot is not None:
             key, value = slot.append(key, value)
-        if slot is not None and slot.place.one_position and torch.compiler.is_compiling():
+        if compiled_step:
             seen = attend_from_one(query, key, value, slot.place.mask)
         else:
             seen = causal_attention(query, key, value, mask if slot is None else slot.place.mask)

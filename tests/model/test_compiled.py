@@ -4,11 +4,12 @@ it. The forms are run as they stand here, as the rules that choose them want a G
 import pytest
 import torch
 
+from rdtrain.model import cache as cache_module
 from rdtrain.model import chain, compiled, recurrent, solvers
 from rdtrain.model.cache import KeyValueCache
 from rdtrain.model.compiled import compiled_part, once, spread
 from rdtrain.model.decoding import Decoder
-from rdtrain.model.layers import run_layers
+from rdtrain.model.layers import RotaryTable, rotate, rotate_pairs, run_layers
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 from rdtrain.model.sampling import Sampling
 from rdtrain.model.solvers import expected_target
@@ -43,6 +44,11 @@ def test_the_expected_target_summed_in_parts_is_that_of_float64(compiling, cut):
     torch.testing.assert_close(found.double(), logits.softmax(-1) @ targets, rtol=1e-5, atol=1e-6)
 
 
+def test_rotation_in_pairs_is_the_same_to_the_bit():
+    x, rotary = draw(2, 4, 6, 8), RotaryTable(8, 50_000.0)(3, 9, torch.device("cpu"))
+    assert torch.equal(rotate_pairs(x, rotary), rotate(x, rotary))
+
+
 def test_one_position_is_spread_for_sums_alone(compiling):
     x, product = draw(1, 1, 5), torch.nn.Linear(5, 7)
     assert spread(x, product) is x
@@ -69,9 +75,29 @@ def test_layers_with_norms_computed_anew_for_each_output_are_the_same(build_mode
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
-def test_one_text_is_written_as_without_compilation(build_model, sums, monkeypatch):
+@pytest.mark.parametrize("largest", [0, 2**20])
+def test_keys_and_values_of_a_column_are_where_a_slow_loop_puts_them(build_model, compiling, monkeypatch, largest):
+    monkeypatch.setattr(cache_module, "LARGEST_REWRITTEN", largest)
+    model = build_model(False)
+    heads, width = model.config.heads, model.config.head_width
+    cache = KeyValueCache(model.config, 1, 1, 1, 70, model.embedding.weight)
+    slot, expected = cache.core[0][0], torch.zeros(2, 1, heads, 70, width)
+    compiling()
+    for position in range(66):
+        keys, values = new = draw(2, 1, heads, 1, width, seed=position)
+        for head in range(heads):
+            expected[:, 0, head, position] = new[:, 0, head, 0]
+        cache.place.begin(model.rotary, 1)
+        shown = slot.append(keys, values)
+        cache.advance()
+        assert torch.equal(torch.stack(shown), expected[:, :, :, : 64 if position < 64 else 70])
+        assert torch.equal(torch.stack((slot.keys, slot.values)), expected)
+
+
+@pytest.mark.parametrize("denoising", [True, False])
+def test_one_text_is_written_as_without_compilation(build_model, sums, monkeypatch, denoising):
     """As the compiler is given it, but run as it stands."""
-    model, texts = build_model(True, posterior_readout=True), []
+    model, texts = build_model(denoising, posterior_readout=denoising), []
     monkeypatch.setattr(solvers, "PART", 10)  # of a vocabulary of 50
     monkeypatch.setattr(compiled, "_with_sums", lambda graph, inputs: graph.forward)
     torch._dynamo.reset()
