@@ -21,7 +21,8 @@ from typing import NoReturn
 
 IMPORTED = (
     "rdtrain.train", "rdtrain.export", "rdtrain.engine.deepspeed_engine", "rdtrain.engine.fsdp_engine",
-    "torch._dynamo", "torch._inductor.compile_fx",  # torch's compiler, of which the first optimizer imports a part and torch.compile all
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's first engine imports it, and with it a part of torch's compiler
+    "torch._inductor.compile_fx",  # the rest, for torch.compile
     "transformers.modeling_utils", "transformers.generation",
 )
 

@@ -5,11 +5,9 @@ The optimizer is torch's AdamW but for the blocks that it leaves out, so no oper
 
 import datetime
 import functools
-import importlib
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
-from unittest import mock
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -43,14 +41,6 @@ def initialise_distributed(world: World) -> None:
     deepspeed.init_distributed(backend(world.device), timeout=timeout, verbose=False)
 
 
-def import_without_compiler() -> None:
-    """Import the optimizer of DeepSpeed's own that it looks at as an engine starts, its functions left as they are: torch.compile, which
-    decorates them, would load all of torch's compiler, for a second on each rank, and nobody calls them here."""
-    with suppress(ImportError, AttributeError):  # of a version that has them elsewhere
-        with mock.patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
-            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-
-
 class DeepSpeedEngine(Engine):
     """ZeRO 0, 1, 2 or 3 over the default process group, which must stand."""
 
@@ -67,7 +57,6 @@ class DeepSpeedEngine(Engine):
         groups = {parameter: index for index, group in enumerate(self._optimizer.param_groups) for parameter in group["params"]}
         self._group = {name: groups[parameter] for name, parameter in self._parameters.items()}
         linear = F.linear
-        import_without_compiler()
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._linear, F.linear = F.linear, linear
         self._norm: float | Tensor = 0.0
