@@ -83,9 +83,9 @@ def expected_target(logits: Tensor, unit_embeddings: Tensor) -> Tensor:
 def mean_by_parts(logits: Tensor, rows: Tensor) -> Tensor:
     """`expected_target` of one position in fp32, for compiled code: logits [V], rows [d, V] -> [d], for V a multiple of PART.
 
-    One sum over all tokens for each of a few hundred channels would keep few of a GPU's processors busy. So one kernel sums each part of
-    each channel's row, and a second all parts. Every row takes the largest logit and the sum of weights anew, by which these kernels are
-    two: a softmax before them would be another, with one sum over all tokens.
+    Of a softmax and a product the compiler makes three kernels: the softmax's statistics, a sum over parts of the tokens, and the sum of
+    these. Here every part of each channel's row takes its largest logit and its sum of weights anew, so that one kernel sums the parts and
+    a second all of them.
     """
     channels, tokens = rows.shape
     parts = logits.view(1, tokens // PART, PART).expand(channels, -1, -1)
