@@ -214,7 +214,7 @@ def process_server():
 def rdtrain(process_server):
     """Run `rdtrain ARGUMENTS` as a user would; in a process that Python starts anew where `forked` is False."""
 
-    def run(*arguments: object, timeout: float = 120, forked: bool = True) -> subprocess.CompletedProcess:
+    def run(*arguments: object, timeout: float = 600, forked: bool = True) -> subprocess.CompletedProcess:
         if forked:
             return process_server("rdtrain.cli", arguments, timeout, [{}])
         return start([sys.executable, "-m", "rdtrain.cli", *map(str, arguments)], timeout, DS_ACCELERATOR="cpu")
@@ -226,7 +226,7 @@ def rdtrain(process_server):
 def alone(process_server):
     """Run `python FOLDER ARGUMENTS` of an exported model where `import rdtrain` fails, in a process that starts in no time, as torch is
     there already; `rdtrain generate` starts one anew."""
-    return lambda folder, *arguments: process_server("tests/alone.py", (folder, *arguments), 120, [{}])
+    return lambda folder, *arguments: process_server("tests/alone.py", (folder, *arguments), 600, [{}])
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def deepspeed(process_server):
     """Run `deepspeed launch/train.py ARGUMENTS` on a number of processes: for what the launcher has a part in. On the CPU the command
     itself is forked, and starts the others anew."""
 
-    def run(*arguments: object, processes: int = 2, timeout: float = 240, script: str = "launch/train.py", cpu: bool = True):
+    def run(*arguments: object, processes: int = 2, timeout: float = 600, script: str = "launch/train.py", cpu: bool = True):
         words = ["--num_gpus", str(processes), "--master_port", str(free_port()), "--", script, *map(str, arguments)]
         if cpu:
             return process_server("deepspeed.launcher.runner", tuple(words), timeout, [{}])
@@ -248,7 +248,7 @@ def ranks(process_server, deepspeed):
     """Run launch/train.py, or another script, as a number of ranks, with no launcher around them. With `gpus`, on as many GPUs, by the
     launcher, where there are so many, and where the environment has RDTRAIN_TEST_GPUS nowhere else."""
 
-    def run(*arguments: object, number: int = 2, timeout: float = 240, script: str = "launch/train.py", gpus: bool = False):
+    def run(*arguments: object, number: int = 2, timeout: float = 600, script: str = "launch/train.py", gpus: bool = False):
         if gpus and torch.cuda.device_count() >= number:
             return deepspeed(*arguments, processes=number, timeout=timeout, script=script, cpu=False)
         if gpus and "RDTRAIN_TEST_GPUS" in os.environ:

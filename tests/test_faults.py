@@ -113,7 +113,7 @@ def test_a_signal_with_nothing_to_save_and_a_second_interrupt_end_at_once(tiny_c
         (tmp_path / "run/checkpoints/step-00000008").rename(tmp_path / "away")
     before = sorted(tmp_path.glob("run/checkpoints/*"))
     command = [sys.executable, "-c", SIGNALS, where, str(getattr(number, "value", number)), "train", "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == code, result.stderr
     assert sentence in result.stderr and "start the same command again to continue" in result.stderr and "Traceback" not in result.stderr
     assert sorted(tmp_path.glob("run/checkpoints/*")) == before

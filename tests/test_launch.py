@@ -119,7 +119,7 @@ def start_together(commands: list[list[str]], environments: list[dict]) -> None:
         for each, variables in zip(commands, environments)
     ]
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -157,7 +157,7 @@ def sbatch(folder: Path, *arguments: str, **variables: str) -> tuple[subprocess.
             (binaries / name).chmod(0o755)
     job = {"SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "node-0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     result = subprocess.run(
-        ["bash", "launch/train.sbatch", *arguments], cwd=PROJECT, text=True, capture_output=True, timeout=200,
+        ["bash", "launch/train.sbatch", *arguments], cwd=PROJECT, text=True, capture_output=True, timeout=600,
         env=os.environ | CPU | job | {"VENV": str(folder / "venv"), "REQUEUED": str(folder / "requeued")} | variables,
     )
     return result, folder / "requeued"

@@ -100,7 +100,7 @@ def test_wandb_offline_writes_folders_that_hold_the_metrics_and_a_later_start_co
 
     assert train(load_config(tiny_config(logging={"wandb": "offline"}))) == 0
     (file,) = tmp_path.glob("run/wandb/offline-run-*/*.wandb")
-    expected, history, deadline = read_metrics(tmp_path / "run/metrics.jsonl"), [], time.monotonic() + 30
+    expected, history, deadline = read_metrics(tmp_path / "run/metrics.jsonl"), [], time.monotonic() + 300
     while len(history) < len(expected) and time.monotonic() < deadline:  # wandb writes it in a process of its own
         time.sleep(0.1)
         history = [

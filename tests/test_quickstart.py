@@ -34,18 +34,18 @@ def test_the_quickstart_continues_after_an_interrupt_and_ends_with_text(text_fol
 
     process = start()
     metrics = output / "blocks/metrics.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     try:
         while not metrics.exists() or len(read_metrics(metrics)) < 4:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 130 and "start the same command again to continue" in out, err
         reached = len(read_metrics(metrics))
 
         process = start()
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -61,7 +61,7 @@ def test_the_quickstart_continues_after_an_interrupt_and_ends_with_text(text_fol
         return
     before = metrics.read_bytes()
     process = start()
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and out.count("nothing to do") == 2, err
     assert metrics.read_bytes() == before
 

@@ -118,7 +118,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tiny_config, tmp_path, 
     command = [sys.executable, "-m", "rdtrain.cli", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "parts/metrics.jsonl"
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while not metrics.exists() or len(read_metrics(metrics)) < 13:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

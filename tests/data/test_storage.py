@@ -132,7 +132,7 @@ def test_readers_go_into_other_processes(place, tmp_path, kind, start):
     """From a process of its own: not every library that other tests have started lets itself be forked."""
     script = tmp_path / "script.py"
     script.write_text(OTHER_PROCESS)
-    subprocess.run([sys.executable, script, f"{place(kind)}/train", start], check=True, timeout=100)
+    subprocess.run([sys.executable, script, f"{place(kind)}/train", start], check=True, timeout=600)
 
 
 def test_a_store_that_refuses_for_a_while_is_asked_again(place, monkeypatch, capsys, fault):

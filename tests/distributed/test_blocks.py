@@ -5,7 +5,7 @@ import pytest
 
 @pytest.mark.parametrize(("length", "cases"), [("short", 15), pytest.param("full", 36, marks=pytest.mark.slow)])
 def test_idle_blocks_stand_still_and_trained_ones_follow_the_reference_on_every_engine(ranks, tmp_path, length, cases):
-    result = ranks(tmp_path, length, script="tests/distributed/blocks_process.py", gpus=True, timeout=500)
+    result = ranks(tmp_path, length, script="tests/distributed/blocks_process.py", gpus=True, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     right = (tmp_path / "right.txt").read_text().splitlines()
     assert len(set(right)) == cases

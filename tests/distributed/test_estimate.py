@@ -2,6 +2,6 @@
 
 
 def test_memory_and_traffic_are_those_of_every_engine(ranks, tmp_path):
-    result = ranks(tmp_path, script="tests/distributed/estimate_process.py", gpus=True, timeout=500)
+    result = ranks(tmp_path, script="tests/distributed/estimate_process.py", gpus=True, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 24

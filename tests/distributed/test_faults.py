@@ -25,7 +25,7 @@ def started(request):
 
 
 def test_every_engine_leaves_bad_steps_out(ranks, tmp_path):
-    result = ranks(tmp_path, script="tests/distributed/skips_process.py", gpus=True, timeout=400)
+    result = ranks(tmp_path, script="tests/distributed/skips_process.py", gpus=True, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert len((tmp_path / "right.txt").read_text().splitlines()) == 15
 
@@ -68,7 +68,7 @@ def test_a_store_that_one_rank_cannot_read_stops_all_and_the_next_start_continue
 
 def test_a_rank_that_hangs_ends_the_run_with_every_stack_written_down(started, tiny_config, tmp_path):
     config = tiny_config(engine={"name": "deepspeed"}, faults={"hang_seconds": 8})
-    result = started("fault=hang:3", "--config", config, script=FAULTY, timeout=90)
+    result = started("fault=hang:3", "--config", config, script=FAULTY, timeout=600)
     assert result.returncode == 124, result.stderr
     assert "rank 1 has been in step 3 for" in result.stderr and "start the same command again to continue" in result.stderr
     stacks = [(tmp_path / f"run/stacks-rank-{rank}.txt").read_text() for rank in (0, 1)]
@@ -82,7 +82,7 @@ def test_a_killed_rank_ends_the_launcher_and_the_next_start_continues(tiny_confi
     command = [str(Path(sys.executable).parent / launcher), "--nproc-per-node" if launcher == "torchrun" else "--num_gpus", "2"]
     command += ["--master_port", str(free_port()), "--", FAULTY, "fault=kill:5", "--config", str(path)]
     with launched(command, tmp_path / "output") as process:
-        assert process.wait(90) > 0
+        assert process.wait(600) > 0
     output = (tmp_path / "output").read_text()
     assert "rank 0 lost another rank in step 5" in output and 'rdtrain/train.py", line' not in output, output
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000003"]
@@ -95,13 +95,13 @@ def test_sigterm_to_the_deepspeed_command_alone_saves_and_leaves_no_process(tiny
     """The command dies of it and tells nobody; its ranks notice."""
     path = tiny_config(engine={"name": "deepspeed"}, schedule={"steps": 4000}, evaluation={"interval": 4000}, checkpoint={"interval": 4000})
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--"]
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 150
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 600
     with launched([*command, "launch/train.py", "--config", str(path)], tmp_path / "output") as process:
         while not metrics.exists() or len(read_metrics(metrics)) < 4:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.terminate()
-        process.wait(20)
+        process.wait(300)
         while members(process.pid):
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -121,7 +121,7 @@ def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, t
     checkpoints = tmp_path / "killed/checkpoints"
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     for kill in range(kills):
-        before, deadline = newest(checkpoints), time.monotonic() + 120
+        before, deadline = newest(checkpoints), time.monotonic() + 600
         port = ["--master_port", str(free_port()), "--"]
         with launched([*command, *port, "launch/train.py", "--config", str(path)], tmp_path / "output") as process:
             while newest(checkpoints) == before if kill % 2 == 0 else len(training(process.pid)) < 2:
@@ -129,9 +129,9 @@ def test_ranks_killed_at_random_moments_change_nothing_of_the_run(tiny_config, t
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.5 if kill % 2 == 0 else 8))
             os.kill(draw.choice(training(process.pid)), signal.SIGKILL)
-            assert process.wait(60) != 0
+            assert process.wait(300) != 0
             while members(process.pid):
-                assert time.monotonic() < deadline + 60
+                assert time.monotonic() < deadline + 300
                 time.sleep(0.05)
     result = ranks("--config", path, timeout=3600)
     assert result.returncode == 0 and "continuing from step" in result.stdout, result.stderr
