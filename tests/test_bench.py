@@ -149,6 +149,12 @@ def test_what_cannot_be_measured_is_refused(config, on_cpu, tmp_path):
             BenchSettings(**wrong)
 
 
+def test_shards_that_a_case_cannot_read_are_refused_before_the_first_runs(tiny_config, on_cpu, monkeypatch):
+    monkeypatch.setattr(command, "measure", lambda *arguments: pytest.fail("a case has run"))
+    with pytest.raises(UserError, match="fewer than one window of 99999999"):
+        bench(load_config(tiny_config()), BenchSettings(Effort(shards=True), sweep=["data.sequence_length=16,99999999"]))
+
+
 def test_baselines_of_a_config_keep_all_but_its_objective(config):
     others = ["objective.posterior_readout=false", "objective.optional_state=false", "objective.self_conditioning=true"]
     config = override(config, ["model.blocks=2", *others])

@@ -56,11 +56,11 @@ class BenchSettings:
 def bench(config: Config, settings: BenchSettings) -> str | None:
     """Measure; returns the tables, on rank 0 alone. Every rank calls this. UserError for anything that a user can mend."""
     world, effort, started = World.from_environment(), settings.effort, time.monotonic()
-    reader = _reader(config, settings)
-    vocab_size = settings.vocab_size or reader.vocab_size
-    planned = cases(config, settings.compare, settings.sweep)
-    bos_id = reader.manifest["bos_id"] if reader else 0
-    known = [on_paper(case, world, vocab_size, effort, bos_id) for case in planned]  # so that what is wrong is found before the first runs
+    planned, known = cases(config, settings.compare, settings.sweep), []
+    for case in planned:  # so that what is wrong is found before the first runs
+        reader = _reader(case.config, settings)
+        vocab_size, bos_id = (reader.vocab_size, reader.manifest["bos_id"]) if reader else (settings.vocab_size, 0)
+        known.append(on_paper(case, world, vocab_size, effort, bos_id))
     swept = settings.sweep[0].partition("=")[0] if settings.sweep else None
     options = {"warmup": effort.warmup, "steps": effort.steps, "shards": effort.shards, "swept": swept}
     report = {"facts": start_facts(world.device.type), **options}
