@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import rdtrain.bench.command as command
 from rdtrain.bench.arms import cases
 from rdtrain.bench.command import BenchSettings, bench
-from rdtrain.bench.measure import Effort, step_flops
+from rdtrain.bench.measure import Effort, _fill_in_rates, on_paper, step_flops
+from rdtrain.bench.report import tables
 from rdtrain.bench.stages import collect, page, plot_stages
 from rdtrain.bench.trace import covered, lengths
 from rdtrain.config import load_config, override
@@ -153,6 +154,17 @@ def test_shards_that_a_case_cannot_read_are_refused_before_the_first_runs(tiny_c
     monkeypatch.setattr(command, "measure", lambda *arguments: pytest.fail("a case has run"))
     with pytest.raises(UserError, match="fewer than one window of 99999999"):
         bench(load_config(tiny_config()), BenchSettings(Effort(shards=True), sweep=["data.sequence_length=16,99999999"]))
+
+
+def test_what_is_said_below_the_tables_is_of_all_rows(config):
+    world = World(0, 1, 0, CPU)
+    known = on_paper(cases(config, ["blocks"], [])[0], world, 50, EFFORT)
+    none = dataclasses.replace(known, device="NVIDIA H200", precision="bfloat16", attention="SDPA cudnn", out_of_memory="no room")
+    ran = dataclasses.replace(none, attention="SDPA efficient", out_of_memory=None, memory={"peak": 1})
+    _fill_in_rates(ran, [0.5], [(1e12, 1e12)], world)
+    text = tables([none, ran], None)
+    assert "bfloat16, attention by SDPA cudnn; bfloat16, attention by SDPA efficient." in text and "shares of 989.4 TFLOP/s" in text
+    assert "MFU and HFU" not in tables([none], None)
 
 
 def test_baselines_of_a_config_keep_all_but_its_objective(config):

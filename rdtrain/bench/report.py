@@ -82,23 +82,25 @@ def _kernels(row: Measurement, swept: str | None) -> str:
 
 
 def _notes(rows: list[Measurement]) -> list[str]:
-    first, notes = rows[0], []
+    first, ran, notes = rows[0], [row for row in rows if not row.out_of_memory], []
+    paper = next((row.peak_flops_per_second for row in ran if row.peak_flops_per_second), None)
     kernels = sorted({name for row in rows for name in row.attention_kernels})
     found = f" ({', '.join(kernels)})" if kernels and first.device != "cpu" else ""
-    notes.append(f"{first.ranks} x {first.device}, {first.precision}, attention by {first.attention}{found}.")
+    how = "; ".join(dict.fromkeys(f"{row.precision}, attention by {row.attention}" for row in rows))  # which a sweep may change
+    notes.append(f"{first.ranks} x {first.device}, {how}{found}.")
     if first.device == "cpu":
         notes.append(
             "On the CPU there is no MFU, and no host apart from the device. Memory is what PyTorch's allocator handed out in a step, with "
             "weights and optimizer state; what it reserves, and buffers that an engine keeps from step to step, are not known."
         )
-    elif first.peak_flops_per_second is None:
+    elif paper is None and ran:
         why = "its speed on paper is not known" if first.precision == "bfloat16" else f"peaks are of bf16, and this is {first.precision}"
         notes.append(f"MFU and HFU: none, as {why}.")
-    else:
-        notes.append(f"MFU and HFU are shares of {1e-12 * first.peak_flops_per_second:,.1f} TFLOP/s (bf16, dense, on paper).")
+    elif ran:
+        notes.append(f"MFU and HFU are shares of {1e-12 * paper:,.1f} TFLOP/s (bf16, dense, on paper).")
         if any(row.engine["precision"] == "fp8" for row in rows):
             notes[-1] += " Of arms in fp8 too, which may have more than all of it."
-        if any(row.busy_seconds is None and not row.out_of_memory for row in rows):
+        if any(row.busy_seconds is None for row in ran):
             notes.append("The profiler saw no kernels, so how long the device is busy, and what bounds a step, is not known.")
     skipped = [name_of(row, None) for row in rows if row.skipped_steps]
     if skipped:
