@@ -13,7 +13,7 @@ import torch
 
 from .config import Config
 from .model.linear_cross_entropy import parts_of
-from .model.recurrent import ModelConfig
+from .model.recurrent import CONDITIONING_WIDTH, ModelConfig
 from .objectives import Objective
 from .objectives.bptt import BackpropagationThroughTime
 from .objectives.depth import FixedDepth, PoissonDepth
@@ -86,17 +86,23 @@ def _norm(width: int, device: str) -> int:
     return (2 if device == "cpu" else 1) * FP32 * width
 
 
+def _level_per_token(objective: Objective) -> bool:
+    return isinstance(objective, DiffusionBlocks) and objective.settings.level_per == "token"
+
+
 def _kept(model: ModelConfig, objective: Objective, passes: Passes) -> _Kept:
     width, mlp, number, sums = model.width, model.mlp_width, passes.number, FP32 * model.heads
+    scales = 2 * number * width * _level_per_token(objective)  # one level for a sequence makes one of each, which is nothing
     checkpointed = number * (6 * width + 2 * mlp) + sums if objective.layer_checkpointing == "selective" else 0
     if passes.compiled:  # of its norms the two sums after attention and MLP, and a number for each: all is scaled again from these
         layer = number * (11 * width + 3 * mlp) + 4 * FP32 + sums
         if passes.float8:  # what goes into the four products is rounded anew, from what it was made of
             layer -= number * (3 * width + mlp)
-        return _Kept(layer, layer, checkpointed, number * width, 2 * FP32)
+        return _Kept(layer, layer + scales, checkpointed, number * width, 2 * FP32)
     norm = _norm(width, passes.device)
     layer = 4 * norm + number * (9 * width + 4 * mlp) + sums
-    return _Kept(layer, layer + (2 * number * width if model.noise_conditioning else 0), checkpointed, number * width, 2 * norm)
+    scaled = 2 * number * width if model.noise_conditioning else 0
+    return _Kept(layer, layer + scaled + scales, checkpointed, number * width, 2 * norm)
 
 
 def _checkpointed_layers(model: ModelConfig, objective: Objective) -> list[range]:
@@ -148,6 +154,8 @@ def activation_bytes(model: ModelConfig, objective: Objective, passes: Passes, s
         return once + (depth * number * width + iteration if again else depth * iteration)
     if model.noise_conditioning:
         once += (passes.stored if passes.compiled else FP32) * width  # the targets' embeddings
+    if _level_per_token(objective):  # its embedding, on the way
+        once += 5 * number * CONDITIONING_WIDTH
     if model.self_conditioning:
         once += number * width
     if model.core_readout:

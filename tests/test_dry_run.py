@@ -97,6 +97,7 @@ def test_parts_add_up_to_the_model(build_model):
         ({}, torch.float32),
         ({}, torch.bfloat16),
         ({"self_conditioning": True, "core_readout": True}, torch.float32),
+        ({"level_per": "token"}, torch.bfloat16),
         ({"name": "bptt", "gradient": "full", "depth": "fixed"}, torch.float32),
         ({"name": "bptt", "trained_iterations": 2, "depth": "fixed"}, torch.bfloat16),
         ({"name": "bptt", "gradient": "full"}, torch.float32),
@@ -104,7 +105,8 @@ def test_parts_add_up_to_the_model(build_model):
 )
 def test_the_estimate_of_activations_is_what_autograd_saves(settings, autocast, build_model):
     """Every tensor that is saved for the backward pass, but for weights, their casts, and the logits' log-softmax, which is told apart."""
-    objective = build_objective(ObjectiveSettings(**settings), NoiseSettings(), 4)
+    noise = NoiseSettings(level_per=settings.get("level_per", "sequence"))
+    objective = build_objective(ObjectiveSettings(**{key: settings[key] for key in settings if key != "level_per"}), noise, 4)
     model = build_model(width=64, mlp_width=160, prelude_layers=2, core_layers=3, coda_layers=1, vocab_size=30, **objective.model_fields)
     shapes = {tuple(weight.shape) for weight in model.parameters()} | {tuple(reversed(weight.shape)) for weight in model.parameters()}
     saved = {}
