@@ -158,12 +158,13 @@ def test_shards_that_a_case_cannot_read_are_refused_before_the_first_runs(tiny_c
 
 def test_what_is_said_below_the_tables_is_of_all_rows(config):
     world = World(0, 1, 0, CPU)
-    known = on_paper(cases(config, ["blocks"], [])[0], world, 50, EFFORT)
+    known = on_paper(cases(config, ["blocks"], ["model.iterations=6"])[0], world, 50, EFFORT)
     none = dataclasses.replace(known, device="NVIDIA H200", precision="bfloat16", attention="SDPA cudnn", out_of_memory="no room")
-    ran = dataclasses.replace(none, attention="SDPA efficient", out_of_memory=None, memory={"peak": 1})
+    ran = dataclasses.replace(none, attention="SDPA efficient", out_of_memory=None, memory={"peak": 1}, skipped_steps=1)
     _fill_in_rates(ran, [0.5], [(1e12, 1e12)], world)
-    text = tables([none, ran], None)
+    text = tables([none, ran], "model.iterations")
     assert "bfloat16, attention by SDPA cudnn; bfloat16, attention by SDPA efficient." in text and "shares of 989.4 TFLOP/s" in text
+    assert "blocks, model.iterations=6: out of memory: no room" in text and "not finite: blocks, model.iterations=6." in text
     assert "MFU and HFU" not in tables([none], None)
 
 

@@ -13,7 +13,7 @@ def tables(rows: list[Measurement], swept: str | None) -> str:
     """Time, memory and kernels of all measurements, and what has to be said beside the numbers. swept: the key of a sweep."""
     parts = [_time(rows, swept), _memory(rows, swept)]
     parts += [_kernels(row, swept) for row in rows if row.kernels]
-    return "\n\n".join([*parts, *_notes(rows)])
+    return "\n\n".join([*parts, *_notes(rows, swept)])
 
 
 def name_of(row: Measurement, swept: str | None) -> str:
@@ -81,7 +81,7 @@ def _kernels(row: Measurement, swept: str | None) -> str:
     return columns(lines)
 
 
-def _notes(rows: list[Measurement]) -> list[str]:
+def _notes(rows: list[Measurement], swept: str | None) -> list[str]:
     first, ran, notes = rows[0], [row for row in rows if not row.out_of_memory], []
     paper = next((row.peak_flops_per_second for row in ran if row.peak_flops_per_second), None)
     kernels = sorted({name for row in rows for name in row.attention_kernels})
@@ -102,10 +102,10 @@ def _notes(rows: list[Measurement]) -> list[str]:
             notes[-1] += " Of arms in fp8 too, which may have more than all of it."
         if any(row.busy_seconds is None for row in ran):
             notes.append("The profiler saw no kernels, so how long the device is busy, and what bounds a step, is not known.")
-    skipped = [name_of(row, None) for row in rows if row.skipped_steps]
+    skipped = [name_of(row, swept) for row in rows if row.skipped_steps]
     if skipped:
         notes.append(f"Steps were skipped, as their loss or gradient was not finite: {', '.join(skipped)}.")
-    notes += [f"{row.arm}: out of memory: {row.out_of_memory}" for row in rows if row.out_of_memory]
+    notes += [f"{name_of(row, swept)}: out of memory: {row.out_of_memory}" for row in rows if row.out_of_memory]
     files = [file for row in rows for file in row.files]
     return notes + ([f"Written: {', '.join(files)}"] if files else [])
 
