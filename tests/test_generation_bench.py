@@ -1,6 +1,8 @@
 """What is said of the cost of generation, held to counts that are made otherwise; on the CPU."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -71,6 +73,27 @@ def settings(tiny_config, tmp_path):
     config = tiny_config(data={"train": "nowhere"})
     arms = ["blocks", "blocks exit=argmax exit_threshold=2", "plain"]
     return Settings([f"{config}:50"], arms, [3], [2, 1], Effort(5, 6, 0.01, 2), tmp_path / "out")
+
+
+def test_a_case_finds_nothing_of_the_layers_before_it(settings, monkeypatch):
+    """Those that are compiled by themselves hold themselves, so that only the garbage collector lets go of them."""
+    layers, others = [], []
+
+    def measure(row, arm, model, *_):
+        row.token_seconds = row.first_token_seconds = 1.0
+        others.extend(one for one in (layer() for layer in layers) if one is not None)
+        layers.append(weakref.ref(model.prelude_layers[0]))
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "memory_bandwidth", lambda device: 1.0)
+    settings.arms, settings.batches = ["plain compile=true", "bptt"], [1]
+    gc.collect()
+    gc.disable()  # it may not happen to run in between
+    try:
+        measure_generation(settings, CPU)
+    finally:
+        gc.enable()
+    assert len(layers) == 2 and not others
 
 
 def test_cases_are_written_down_as_they_are_made_and_kept(settings, monkeypatch):

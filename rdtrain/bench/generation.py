@@ -174,8 +174,10 @@ def measure(row: Row, arm: Arm, model: RecurrentDepthLM, noise: NoiseSchedule, e
 
 
 def measure_or_run_out(row: Row, work: Callable[[], None], device: torch.device) -> None:
-    """Nothing of a case is left in memory; where that runs out, its row says so."""
+    """With nothing in memory of the cases before it; where that runs out, the row says so."""
+    gc.collect()  # layers that are compiled by themselves hold themselves
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         there = torch.cuda.get_device_properties(device).total_memory
         if row.weight_bytes + row.cache_bytes > FULL * there:
             row.out_of_memory = f"weights and cache need {(row.weight_bytes + row.cache_bytes) / 2**30:.0f} GiB of {there / 2**30:.0f}"
@@ -190,9 +192,6 @@ def measure_or_run_out(row: Row, work: Callable[[], None], device: torch.device)
         if not ran_out:
             raise
         row.out_of_memory = first_line(ran_out[0])
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @dataclass
