@@ -349,24 +349,19 @@ def _export(arguments) -> None:
 def _add_generate(verbs) -> None:
     parser = _verb(
         verbs, "generate", _generate, "generate text with an exported folder",
-        "Runs the exported folder's own program, in a process of its own, with the arguments that follow the folder; "
-        "`rdtrain generate FOLDER --help` lists them.",
+        "Becomes the exported folder's own program, with the arguments that follow the folder; `rdtrain generate FOLDER --help` lists "
+        "them.",
     )
     parser.add_argument("folder", type=Path, help="an exported folder")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on: --prompt, --interactive, --jsonl IN OUT, --iterations ...")
 
 
-def _generate(arguments) -> int:
-    import subprocess
-    import sys
+def _generate(arguments) -> None:
+    import os
 
-    if not (arguments.folder / "__main__.py").is_file():
+    if not all((arguments.folder / name).is_file() for name in ("__main__.py", "configuration_rdtrain.py")):  # what others have is not run
         raise UserError(f"{arguments.folder} is not an exported model: make one with `rdtrain export RUN --output FOLDER`")
-    process = subprocess.Popen([sys.executable, str(arguments.folder), *arguments.arguments])
-    try:
-        return process.wait()
-    except KeyboardInterrupt:  # the terminal has told the program too
-        return process.wait()
+    os.execv(sys.executable, [sys.executable, str(arguments.folder), *arguments.arguments])  # so that signals reach the program
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported,
     refused(rdtrain("export", tmp_path / "run", "--output", exported), "exists already", "overwrite")
     refused(rdtrain("export", tmp_path, "--output", tmp_path / "other"), "holds no checkpoint")
     refused(rdtrain("generate", tmp_path / "run"), "not an exported model", "rdtrain export")
+    (tmp_path / "run/__main__.py").write_text("print('a program that is not ours')")
+    refused(rdtrain("generate", tmp_path / "run"), "not an exported model", "rdtrain export")
     config = json.loads((exported / "config.json").read_text())
     load = export_module.load_exported(exported).TextGenerator.load
     for section, name, value in (
