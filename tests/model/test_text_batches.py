@@ -62,6 +62,15 @@ def test_a_bad_file_of_prompts_is_refused_before_any_work(generator, tmp_path, c
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_file_that_is_no_output_of_these_prompts_stays_as_it_is(generator, tmp_path):
+    """IN itself, which lacks its last line end, among them: what looks like half a line is cut off only where it begins as ours do."""
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "The"}')
+    with pytest.raises(ValueError, match="^line 1 of .*in.jsonl is of another prompt"):
+        continue_prompts(generator, source, source, 3, Sampling(), 0, 9, 2, 64)
+    assert source.read_text() == '{"prompt": "The"}'
+
+
 def test_a_conversation_goes_on_from_turn_to_turn_and_back(generator, capsys):
     console, tokenizer = Console(generator, 2, Sampling(), 4, 6, 64), generator.tokenizer
 
