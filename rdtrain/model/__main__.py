@@ -66,9 +66,9 @@ def main() -> None:
 
     from dataclasses import fields
 
-    from .generation import Sampling, TextGenerator
-
     try:
+        from .generation import Sampling, TextGenerator
+
         if bool(arguments.prompt or arguments.no_cache) + bool(arguments.jsonl) + arguments.interactive > 1:
             raise ValueError("--prompt, --jsonl and --interactive exclude each other, and --no-cache goes with --prompt: choose one")
         sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
@@ -104,8 +104,13 @@ def main() -> None:
             print(f"\n[{count} tokens, K = {iterations}{mean}, {rate:.1f} tokens/s, {cache}]", file=sys.stderr)
     except (ValueError, OSError) as error:
         sys.exit(f"\n{FOLDER.name}: {error}")
+    except ImportError as error:
+        own = (error.name or "").partition(".")[0] == __package__
+        sys.exit(f"\n{FOLDER.name}: {error}: {'export the model again' if own else 'install that Python package'}")
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
+        from .description import out_of_memory
+
+        if not out_of_memory(error):
             raise
         sys.exit(f"\n{FOLDER.name}: there is not enough memory for model and key-value cache: ask for fewer tokens or iterations, or "
                  "smaller --batch, --context or --caches")

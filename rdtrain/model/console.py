@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from dataclasses import fields, replace
 
+from .description import out_of_memory
 from .generation import TextGenerator
 from .sampling import Sampling
 
@@ -28,7 +29,9 @@ class Console:
     """The text so far, the settings, and a decoder that follows them."""
 
     def __init__(self, generator: TextGenerator, iterations: int, sampling: Sampling, seed: int, max_new_tokens: int, context: int):
-        """context: positions that the cache holds."""
+        """context: positions that the cache holds, from 1 on. ValueError for fewer."""
+        if context < 1:
+            raise ValueError(f"--context must be at least 1, and it is {context}")
         self.generator, self.iterations, self.sampling = generator, iterations, sampling
         self.seed, self.max_new_tokens, self.context = seed, max_new_tokens, context
         self.ids = [generator.tokenizer.bos_id]
@@ -54,6 +57,12 @@ class Console:
                 print()
             except ValueError as error:
                 print(error, file=sys.stderr, flush=True)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._decoder = None
+                print("there is not enough memory for the key-value cache: choose a smaller :k or fewer :caches", file=sys.stderr,
+                      flush=True)
 
     def turn(self, text: str) -> None:
         """Put text behind what stands, and stream what the model writes after it. ValueError leaves everything as it was."""

@@ -110,3 +110,16 @@ def test_a_conversation_survives_what_is_wrong_in_it(generator, monkeypatch, cap
     assert len(err.splitlines()) == len(wrong)
     assert all(sentence in line for sentence, line in zip(wrong.values(), err.splitlines()))
     assert out.endswith("".join(generator.stream("The", 6, 2, Sampling(), 4)) + "\n")
+
+
+def test_a_conversation_survives_too_little_memory_and_has_room_for_a_position(generator, monkeypatch, capsys):
+    def none_left(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(generator, "decoder", none_left)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The\n:text\n"), encoding="utf-8"))
+    Console(generator, 2, Sampling(), 4, 6, 64).run()
+    out, err = capsys.readouterr()
+    assert err.startswith("there is not enough memory for the key-value cache: choose") and err.count("\n") == 1 and out == "\n"
+    with pytest.raises(ValueError, match="^--context must be at least 1, and it is 0$"):
+        Console(generator, 2, Sampling(), 4, 6, 0)
