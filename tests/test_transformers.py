@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import sys
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,8 @@ def test_every_row_of_a_padded_batch_is_what_our_own_generation_of_its_prompt_al
             torch.testing.assert_close(together[row], apart[0], rtol=1e-4, atol=1e-4)
     other = model.generate(**padded(PROMPTS[::-1]), **settings | {"seed": [7, 6, 5]})
     assert torch.equal(other.sequences[:, -5:], out.sequences[:, -5:].flip(0))
+    as_tensor = model.generate(**padded(), **settings | {"seed": torch.tensor(settings["seed"])})
+    assert torch.equal(as_tensor.sequences, out.sequences)
     reseeded = model.generate(**padded(), **settings | {"seed": 8})
     assert (reseeded.logits[0] - out.logits[0]).abs().max() > 0.01
 
@@ -131,14 +134,15 @@ def test_the_cache_grows_goes_back_takes_other_rows_and_serves_several_turns(bot
     model = both[2]
     ids = torch.randint(3, 800, (2, 70), generator=torch.Generator().manual_seed(0))
     whole = model(ids, use_cache=True, num_iterations=2, seed=[3, 4])
-    cache = whole.past_key_values
+    cache, branch = whole.past_key_values, deepcopy(whole.past_key_values)
     following = model(ids[:, :1], past_key_values=cache).logits  # beyond the 64 positions that a cache begins with
-    assert cache.get_seq_length() == 71
-    cache.crop(1)
+    assert cache.get_seq_length() == 71 and branch.get_seq_length() == 70 and branch._model is model.model
+    torch.testing.assert_close(model(ids[:, :1], past_key_values=branch).logits, following)
+    cache.crop(-1)
     cache.reorder_cache(torch.tensor([1, 0]))
     torch.testing.assert_close(model(ids[[1, 0], :1], past_key_values=cache).logits, following.flip(0), rtol=1e-4, atol=1e-4)
     cache.batch_repeat_interleave(2)
-    cache.crop(1)
+    cache.crop(-1)
     torch.testing.assert_close(model(ids[[1, 1, 0, 0], :1], past_key_values=cache).logits[1::2], following.flip(0), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="^the cache was started with 2 iterations"):
         model(ids[[1, 1, 0, 0], :1], past_key_values=cache, num_iterations=3)
@@ -262,6 +266,10 @@ def test_half_precision_runs(denoiser, dtype):
     torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, model(ids).logits)
     finite = model.generate(**padded(), **GREEDY | {"num_iterations": 64}, return_dict_in_generate=True, output_logits=True)
     assert all(one.isfinite().all() for one in finite.logits)
+    with torch.autocast("cpu", dtype):
+        cast = denoiser[2].generate(**padded(), **GREEDY, return_dict_in_generate=True, output_logits=True)
+    whole = denoiser[2].generate(**padded(), **GREEDY, return_dict_in_generate=True, output_logits=True)
+    torch.testing.assert_close(cast.logits[0], whole.logits[0], rtol=0.1, atol=0.3)
 
 
 @pytest.mark.slow
@@ -380,12 +388,25 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path)
     model, ids = denoiser[2], torch.tensor(PROMPTS[:1])
     holes = torch.ones_like(ids)
     holes[0, 3] = 0
+
+    def started(model=model):
+        return model(ids, use_cache=True, num_iterations=1).past_key_values
+
     for words, call in {
         "token 800 is outside the vocabulary of 800": lambda: model(torch.tensor([[800]])),
         "token -1 is outside": lambda: model.generate(torch.tensor([[5, -1]]), **GREEDY),
         "with at least one token": lambda: model(ids[:, :0]),
         "must be whole numbers, and they are torch.float32": lambda: model(ids.float()),
-        "num_iterations must be at least 1": lambda: model.generate(ids, max_new_tokens=1, num_iterations=0),
+        "num_iterations must be a whole number from 1 to 65536, and it is 0": lambda: model.generate(ids, **GREEDY | {"num_iterations": 0}),
+        "and it is 2.0": lambda: model.generate(ids, **GREEDY | {"num_iterations": 2.0}),
+        "seed must be a whole number or a list of them, and it is '3'": lambda: model(ids, seed="3"),
+        "labels must be .1, 7., as input_ids are, and they are .1, 6.": lambda: model(ids, labels=ids[:, 1:]),
+        "it is a DynamicCache: leave it out": lambda: model.generate(ids, past_key_values=transformers.DynamicCache(), **GREEDY),
+        "reads a prompt in one pass": lambda: model.generate(ids, prefill_chunk_size=2, **GREEDY),
+        "was started with another model": lambda: model(ids, past_key_values=started(unrolled[2])),
+        "must be .1, 14., of what the cache holds": lambda: model(ids, past_key_values=started(), attention_mask=holes),
+        "hide nothing but the padding": lambda: model(ids, past_key_values=started(), attention_mask=torch.cat((holes, holes), dim=1)),
+        r"crop\(-n\) forgets the last n positions": lambda: started().crop(2),
         "scores a text in one pass": lambda: model(ids, num_iterations=2),
         "solver is a setting of generation": lambda: model(ids, solver="euler"),
         "solver must be one of": lambda: model.generate(ids, **GREEDY, solver="heun"),

@@ -5,6 +5,7 @@ padding among them.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from .cache import KeyValueCache
 from .chain import Chain
 from .decoding import make_cache, make_chain
 from .noise import NoiseSchedule
-from .recurrent import RecurrentDepthLM
+from .recurrent import RecurrentDepthLM, working_dtype
 from .sampling import Sampling
 from .text_random import TextRandom
 
@@ -50,7 +51,9 @@ class RecurrentDepthCache(Cache):
     def _make(self, seeds: Tensor, padding: Tensor | None, capacity: int) -> None:
         model, sampling, iterations = self._model, self.sampling, self.iterations
         self._seeds, self.capacity = seeds, capacity
-        self._cache = make_cache(model, iterations, sampling, len(seeds), capacity, model.embedding.weight)
+        weight = model.embedding.weight
+        like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)  # under autocast, keys are not of the weights' dtype
+        self._cache = make_cache(model, iterations, sampling, len(seeds), capacity, like)
         self._cache.place.padding = padding
         self._make_chain()
 
@@ -83,13 +86,32 @@ class RecurrentDepthCache(Cache):
                 getattr(new, kind)[:, :, : before.length] = filled if rows is None else filled[rows]
         self._cache.place.move(before.length)
 
-    def check(self, iterations: int | None, sampling: Sampling | None, batch: int) -> None:
+    def __deepcopy__(self, memo: dict) -> "RecurrentDepthCache":
+        """One of its own for the same model, so that several texts can go on from one beginning."""
+        other = copy(self)
+        if self.started:
+            other._remake(None, self.capacity)
+        return other
+
+    def check(self, model: RecurrentDepthLM, iterations: int | None, sampling: Sampling | None, batch: int) -> None:
         """ValueError when what is asked for, where something is, is not what it was started with."""
+        if model is not self._model:
+            raise ValueError("the cache was started with another model, whose keys and values mean nothing to this one: start a new one")
         if iterations not in (None, self.iterations) or sampling not in (None, self.sampling):
             raise ValueError(f"the cache was started with {self.iterations} iterations and {self.sampling}: ask for the same, or leave "
                              "out past_key_values")
         if batch != len(self._seeds):
             raise ValueError(f"the cache holds {len(self._seeds)} sequences, and {batch} were given: start a new one")
+
+    def check_mask(self, mask: Tensor, new: int) -> None:
+        """ValueError for a mask that is not of what it holds and so many new positions, or hides more than the padding it began with."""
+        length, padding = self.get_seq_length() + new, self._cache.place.padding
+        seen = torch.ones(len(self._seeds), length, dtype=torch.bool, device=mask.device)
+        if padding is not None:
+            seen = torch.arange(length, device=mask.device) >= padding.unsqueeze(1)
+        if mask.shape != seen.shape or bool((seen & (mask == 0)).any()):
+            raise ValueError(f"attention_mask must be {list(seen.shape)}, of what the cache holds and the {new} new ones, and hide nothing "
+                             "but the padding that it began with: texts that ended apart go on in caches of their own")
 
     @torch.no_grad()
     def logits(self, ids: Tensor, observe: Callable[[Tensor, Tensor | None], None] | None) -> Tensor:
@@ -116,8 +138,14 @@ class RecurrentDepthCache(Cache):
         return self._cache.bytes if self.started else 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last so many positions of all rows. ValueError when there are not as many."""
-        self._cache.truncate(self.get_seq_length() - tokens_to_remove)
+        """crop(-n) forgets the last n positions of all rows. ValueError when there are not as many.
+
+        As transformers' own caches have it: a positive number was once the length that stays, and is refused.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) could mean two things: crop(-n) forgets the last n positions")
+        if tokens_to_remove:
+            self._cache.truncate(self.get_seq_length() + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put these rows [B] in the place of the ones that there are."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from .cache import KeyValueCache
 from .chain import Chain, DenoisingChain, UnrolledChain
 from .noise import NoiseSchedule
-from .recurrent import RecurrentDepthLM
+from .recurrent import MOST_ITERATIONS, RecurrentDepthLM
 from .sampling import Sampling
 from .text_random import TextRandom, row_seeds
 
@@ -76,8 +76,8 @@ class Decoder:
 
         ValueError, in one sentence, for K < 1 and for settings that the model cannot run with.
         """
-        if iterations < 1:
-            raise ValueError(f"generation needs at least one iteration, and was given {iterations}")
+        if not 1 <= iterations <= MOST_ITERATIONS:
+            raise ValueError(f"generation needs at least one iteration and at most {MOST_ITERATIONS}, and was given {iterations}")
         device = model.embedding.weight.device
         self.model, self.sampling, self.batch, self.capacity, self.cache = model, sampling, batch, capacity, None
         if use_cache:

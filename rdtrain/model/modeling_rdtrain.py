@@ -28,7 +28,7 @@ from .chain_cache import RecurrentDepthCache
 from .configuration_rdtrain import RecurrentDepthConfig
 from .denoiser import denoise_state
 from .description import first_line
-from .recurrent import RecurrentDepthLM, initial_state
+from .recurrent import MOST_ITERATIONS, RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import euler_step
 from .text_random import STATE, PositionRandom, TextRandom, row_seeds
@@ -185,6 +185,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{sorted(given)[0]} is a setting of generation: use it with use_cache=True")
             output = self._score(input_ids, attention_mask, num_iterations, seed, logits_to_keep if labels is None else 0, wanted)
             if labels is not None:
+                if labels.shape != input_ids.shape:
+                    raise ValueError(f"labels must be {list(input_ids.shape)}, as input_ids are, and they are {list(labels.shape)}")
                 output.loss = _mean_loss(output.logits, labels, attention_mask, num_items_in_batch)
                 output.logits = output.logits[:, -logits_to_keep:]
         return output.to_tuple() if return_dict is False else output
@@ -202,25 +204,24 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                              "its own tokenizer")
 
     def _iterations(self, asked: int | None) -> int:
-        if asked is not None and asked < 1:
-            raise ValueError(f"num_iterations must be at least 1, and it is {asked}")
+        if asked is not None and not (hasattr(asked, "__index__") and 1 <= asked <= MOST_ITERATIONS):
+            raise ValueError(f"num_iterations must be a whole number from 1 to {MOST_ITERATIONS}, and it is {asked!r}")
         return asked or self.config.num_iterations
 
     def _seeds(self, seed: int | list[int] | None, ids: Tensor) -> Tensor:
-        seed = 0 if seed is None else seed
-        seeds = [seed] * len(ids) if isinstance(seed, int) else [int(one) for one in seed]
-        return row_seeds(seeds, len(ids)).to(ids.device)
+        return row_seeds(_seed_list(0 if seed is None else seed, len(ids)), len(ids)).to(ids.device)
 
     def _next(self, ids: Tensor, mask: Tensor | None, cache: RecurrentDepthCache | None, iterations: int | None,
               seed: int | list[int] | None, sampling: Sampling | None, wanted: tuple[bool, bool]) -> RecurrentDepthOutput:
         cache = RecurrentDepthCache() if cache is None else cache
-        if not isinstance(cache, RecurrentDepthCache):
-            raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
+        _check_kind(cache)
         if not cache.started:
             padding = _padding(mask, ids.shape[1], scored=False)
             cache.start(self.model, self.noise, self._iterations(iterations), sampling or Sampling(), self._seeds(seed, ids), padding)
         else:
-            cache.check(iterations, sampling, len(ids))
+            cache.check(self.model, iterations, sampling, len(ids))
+            if mask is not None and not (torch.compiler.is_compiling() or ids.shape[1] == 1 and ids.is_cuda):  # as in `_check_ids`
+                cache.check_mask(mask, ids.shape[1])
         states, logits = [], []
 
         def observe(state: Tensor, read: Tensor | None) -> None:
@@ -348,19 +349,20 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if generation_config.use_cache is False or generation_config.cache_implementation is not None:
             raise ValueError("this model generates with a cache of its own: leave use_cache and cache_implementation as they are")
+        if generation_config.prefill_chunk_size is not None:  # the last token of each piece would be denoised, as if its next were unknown
+            raise ValueError("this model reads a prompt in one pass: leave out prefill_chunk_size")
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
+            cache = model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
         else:
+            _check_kind(cache)
             cache._is_user_defined = True  # as transformers marks it
-        model_kwargs["past_key_values"].draw_with(**_drawing(generation_config))
+        cache.draw_with(**_drawing(generation_config))
         copies = 1 if generation_config.num_beams > 1 else generation_config.num_return_sequences
         beams, seed = generation_config.num_beams, model_kwargs.get("seed")
         if seed is None:
             seed = torch.randint(2**62, (batch_size,)).tolist() if generation_config.do_sample else 0
-        if not isinstance(seed, int | list):
-            raise ValueError(f"seed must be a whole number or a list of them, and it is a {type(seed).__name__}")
-        seeds = [seed] * batch_size if isinstance(seed, int) else seed
+        seeds = _seed_list(seed, batch_size)
         if len(seeds) == batch_size:
             seeds = [one + copy for one in seeds for copy in range(copies) for _ in range(beams)]
         model_kwargs["seed"] = seeds
@@ -368,6 +370,20 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
 CHAIN_SETTINGS = {field.name for field in fields(Sampling)} - {"temperature", "top_k", "top_p", "min_p"}
 """What of a Sampling `forward` takes: the rest is done by transformers' samplers."""
+
+
+def _seed_list(seed, rows: int) -> list[int]:
+    """One for each row from one for all, or from a list, whose length is not looked at; of torch's and numpy's whole numbers too."""
+    given = seed.tolist() if hasattr(seed, "tolist") else seed
+    seeds = [given] * rows if isinstance(given, int) else list(given) if isinstance(given, list | tuple | range) else [None]
+    if not all(isinstance(one, int) for one in seeds):
+        raise ValueError(f"seed must be a whole number or a list of them, and it is {seed!r}")
+    return seeds
+
+
+def _check_kind(cache) -> None:
+    if not isinstance(cache, RecurrentDepthCache):
+        raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
 
 
 def _drawing(config) -> dict[str, float]:

@@ -30,6 +30,7 @@ from .weight_copies import WeightCopies
 
 INITIAL_STATE_STD = math.sqrt(2 / 5)
 CONDITIONING_WIDTH = 128
+MOST_ITERATIONS = 65_536
 
 
 @dataclass
@@ -62,8 +63,8 @@ class ModelSettings:
         for name in ("width", "heads", "mlp_width", "prelude_layers", "core_layers", "coda_layers", "iterations", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, and it is {getattr(self, name)}")
-        if self.iterations > 65_536:
-            raise ValueError(f"iterations must be at most 65536, and it is {self.iterations}")
+        if self.iterations > MOST_ITERATIONS:
+            raise ValueError(f"iterations must be at most {MOST_ITERATIONS}, and it is {self.iterations}")
         if self.iterations % self.blocks:
             raise ValueError(f"blocks must divide iterations, and {self.blocks} does not divide {self.iterations}")
         for name in ("rope_base", "norm_eps"):
