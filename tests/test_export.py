@@ -188,6 +188,7 @@ def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported,
         ("noise", "p_std", None), ("noise", "partition", "even"), ("noise", "sigma_max", float("nan")), ("model", "vocab_size", 2**70),
         (None, "dtype", "x"), (None, "dtype", 3), (None, "format", 2), (None, "information_curve", [1, "x"]), (None, "model", []),
         (None, "noise", None), (None, "information_curve", [1.0]),
+        (None, "information_curve", list(range(64, 0, -1))),
     ):
         changed = config | {name: value} if section is None else config | {section: config[section] | {name: value}}
         (exported / "config.json").write_text(json.dumps(changed))

@@ -28,6 +28,8 @@ def checked_noise(values: Any, curve: Any, model: ModelConfig) -> NoiseSchedule:
         raise ValueError("it has no noise levels")
     if curve is not None and not (isinstance(curve, list) and all(type(one) in (int, float) and math.isfinite(one) for one in curve)):
         raise ValueError("information_curve must be a list of finite numbers")
+    if curve and any(later < before - 1e-6 for before, later in zip(curve, curve[1:])):  # its levels would jump up and down
+        raise ValueError("information_curve must not fall from one number to the next")
     schedule = NoiseSchedule.from_plain(_checked(NoiseSettings, values or {}, "noise"), curve)
     if model.noise_conditioning:
         schedule.levels(model.iterations)
