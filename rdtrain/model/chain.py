@@ -32,7 +32,7 @@ class Chain:
     """What both kinds share. Call it with the prompt, then with each chosen token.
 
     random: of the last position, after a call. iterations_used: int64 [B] of the last call, or None where all K
-    ran: without an exit, and over more than one new position, which is the prompt. observe: called, where it is set, with the states of
+    ran: without an exit, and over a prompt: more than one new position, or the first. observe: called, where it is set, with the states of
     a call: of a denoising model at each iteration the last position's, [B, 1, d], and the logits [B, 1, V] of that iteration; of another
     the new positions' before the first iteration and after each, [B, n, d], and None. shapes_last: whether the prior of the last
     iteration is sharpened and cut as those before it; who samples from its logits himself sets it to False. (At temperature 0 there is
@@ -91,7 +91,7 @@ class Chain:
         return random
 
     def _exits(self, ids: Tensor) -> Exits | None:
-        if self._sampling.exit == "never" or ids.shape[1] > 1:
+        if self._sampling.exit == "never" or ids.shape[1] > 1 or not self._cache.length:  # a prompt, also of one token
             return None
         return Exits(self._sampling, ids.shape[0], self._model.config.vocab_size, ids.device)
 

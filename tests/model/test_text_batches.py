@@ -46,7 +46,9 @@ def test_a_file_of_prompts_gives_what_each_gives_alone_and_goes_on_where_it_stop
     assert run("b.jsonl") == whole
     with pytest.raises(ValueError, match="^line 1 of .*b.jsonl is of another prompt, seed or setting: give another output"):
         run("b.jsonl", sampling=Sampling())
-    exits = [json.loads(line) for line in run("c.jsonl", sampling=Sampling(exit="entropy", exit_threshold=7.0)).split("\n")[:-1]]
+    exiting = Sampling(exit="entropy", exit_threshold=7.0)
+    exits = [json.loads(line) for line in run("c.jsonl", sampling=exiting).split("\n")[:-1]]
+    assert exits == [json.loads(line) for line in run("d.jsonl", 1, exiting).split("\n")[:-1]]
     assert all(line["iterations_used"] == pytest.approx((3 + 8 * 1) / 9) for line in exits)  # the prompt has no exit
 
 
