@@ -370,6 +370,16 @@ def test_the_tokenizer_gives_the_ids_and_the_text_of_ours(hf_tokenizer, tokenize
     assert hf_tokenizer("<s>", add_special_tokens=False, split_special_tokens=False).input_ids == [1]
 
 
+def test_text_that_was_added_as_a_token_is_one(hf_tokenizer, tokenizer, tmp_path):
+    adding = deepcopy(hf_tokenizer)
+    assert adding.add_tokens(["<new>", "<new>er"]) == 2
+    adding.save_pretrained(tmp_path)
+    shutil.copytree(PROJECT / "rdtrain/model", tmp_path, dirs_exist_ok=True)
+    for one in (adding, AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)):
+        assert one("a<new> <s><new>er").input_ids == [1, *tokenizer.encode("a"), 800, *tokenizer.encode(" <s>"), 801]
+        assert one.decode(one("a<new> <s><new>er").input_ids, skip_special_tokens=True) == "a<new> <s><new>er"
+
+
 def test_a_pipeline_writes_text_and_the_snippets_of_the_documentation_run(denoiser, hf_tokenizer, tmp_path, monkeypatch, capsys):
     ours, folder, model = denoiser
     text = pipeline("text-generation", model=model, tokenizer=hf_tokenizer)("The", **GREEDY, seed=2)[0]["generated_text"]

@@ -6,6 +6,7 @@ several in a row of which some are no UTF-8 it shows none, where SentencePiece s
 of ours: transformers reads tokenizer.json.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -30,12 +31,14 @@ class RecurrentDepthTokenizer(PreTrainedTokenizer):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
 
-    def __init__(self, vocab_file: str, add_bos_token: bool = True, add_eos_token: bool = False, tokenizer_hash: str | None = None,
-                 **others):
+    def __init__(self, vocab_file: str | None = None, add_bos_token: bool = True, add_eos_token: bool = False,
+                 tokenizer_hash: str | None = None, **others):
         """vocab_file: a SentencePiece model. tokenizer_hash: what its SHA-256 has to be, where that is known.
 
-        ValueError, in one sentence, when it is damaged or another one.
+        ValueError, in one sentence, when it is missing, damaged or another one.
         """
+        if vocab_file is None:  # what transformers gives where it finds none
+            raise ValueError("there is no tokenizer.model beside the tokenizer's other files: export the model again")
         self._pieces = Tokenizer(vocab_file)
         if tokenizer_hash not in (None, self._pieces.hash):
             raise ValueError(f"{vocab_file} is not the tokenizer that the model was trained with: export the model again")
@@ -60,7 +63,11 @@ class RecurrentDepthTokenizer(PreTrainedTokenizer):
         return {self._convert_id_to_token(number): number for number in range(self.vocab_size)} | self.added_tokens_encoder
 
     def _tokenize(self, text: str, **_) -> list[str]:
-        return [self._convert_id_to_token(number) for number in self._pieces.encode(text)]
+        # What was added as text is found in it, also where special tokens are not: transformers then looks for neither.
+        added = [token.content for token in self._added_tokens_decoder.values() if not token.special]
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text) if added else [text]
+        pieces = [[part] if place % 2 else map(self._convert_id_to_token, self._pieces.encode(part)) for place, part in enumerate(parts)]
+        return [name for part in pieces for name in part]
 
     def _convert_token_to_id(self, token: str) -> int:
         return self._processor.piece_to_id(token)
