@@ -37,6 +37,9 @@ class RecurrentDepthConfig(PretrainedConfig):
             dtype = others.get("dtype")
             if dtype is not None and not isinstance(dtype, torch.dtype):
                 checked_dtype(dtype)
+            length = others.get("max_position_embeddings", 1)
+            if type(length) is not int or length < 1:
+                raise ValueError(f"max_position_embeddings must be a whole number from 1 on, and it is {length!r}")
             described = checked_model({"vocab_size": 1} if model is None else model)
             checked_noise(noise, information_curve, described)
         except (TypeError, ValueError, AttributeError) as error:
