@@ -112,12 +112,16 @@ def test_it_generates_text_where_rdtrain_cannot_be_imported(exported, alone):
 
 
 @pytest.mark.slow
-def test_compiled_layers_write_the_same_text(exported, alone):
+def test_compiled_layers_write_the_same_text(exported, alone, tmp_path, monkeypatch):
     prompt = ("--prompt", "The function", "--max-new-tokens", "12")
     plain, compiled = alone(exported, *prompt), all_alone(exported, *prompt, "--compile")
     assert compiled.returncode == 0 and compiled.stdout == plain.stdout, compiled.stderr
     refused = alone(exported, "--prompt", "A", "--compile", "--no-cache")
     assert refused.returncode == 1 and "--compile is for steps of one position" in refused.stderr
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    refused = all_alone(exported, *prompt, "--compile")
+    assert refused.returncode == 1 and "--compile needs a compiler" in refused.stderr and "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize("exported", ["diffusion_blocks", "bptt"], indirect=True)
