@@ -13,11 +13,10 @@ All noise is a function of a sequence's seed and its own positions: a padded bat
 """
 
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
@@ -32,6 +31,7 @@ from .recurrent import MOST_ITERATIONS, RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import euler_step
 from .text_random import STATE, PositionRandom, TextRandom, row_seeds
+from .transformers_arguments import CHAIN_SETTINGS, drawing_settings, mean_loss, padding_columns, seed_list
 
 # Drawn outside of compiled code: a C++ compiler takes whole numbers never to overflow, as these do, and so computes others (torch 2.13).
 # Here, and not where they are defined, as torch's own compiler takes time to load and nothing else compiles them.
@@ -187,7 +187,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             if labels is not None:
                 if labels.shape != input_ids.shape:
                     raise ValueError(f"labels must be {list(input_ids.shape)}, as input_ids are, and they are {list(labels.shape)}")
-                output.loss = _mean_loss(output.logits, labels, attention_mask, num_items_in_batch)
+                output.loss = mean_loss(output.logits, labels, attention_mask, num_items_in_batch)
                 output.logits = output.logits[:, -logits_to_keep:]
         return output.to_tuple() if return_dict is False else output
 
@@ -209,14 +209,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return asked or self.config.num_iterations
 
     def _seeds(self, seed: int | list[int] | None, ids: Tensor) -> Tensor:
-        return row_seeds(_seed_list(0 if seed is None else seed, len(ids)), len(ids)).to(ids.device)
+        return row_seeds(seed_list(0 if seed is None else seed, len(ids)), len(ids)).to(ids.device)
 
     def _next(self, ids: Tensor, mask: Tensor | None, cache: RecurrentDepthCache | None, iterations: int | None,
               seed: int | list[int] | None, sampling: Sampling | None, wanted: tuple[bool, bool]) -> RecurrentDepthOutput:
         cache = RecurrentDepthCache() if cache is None else cache
         _check_kind(cache)
         if not cache.started:
-            padding = _padding(mask, ids.shape[1], scored=False)
+            padding = padding_columns(mask, ids.shape[1], scored=False)
             cache.start(self.model, self.noise, self._iterations(iterations), sampling or Sampling(), self._seeds(seed, ids), padding)
         else:
             cache.check(self.model, iterations, sampling, len(ids))
@@ -276,7 +276,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _uncached(self, ids: Tensor, mask: Tensor | None, seed: int | list[int] | None,
                   documents: Tensor | None = None) -> tuple[list | None, PositionRandom]:
         """A slot that knows of padding, and of documents, in a list, or None where there is none; and the positions' random numbers."""
-        padding, slots = _padding(mask, ids.shape[1], scored=True), None
+        padding, slots = padding_columns(mask, ids.shape[1], scored=True), None
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         if padding is not None:
             place = CachePlace(ids.shape[1], ids.device)
@@ -357,68 +357,17 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             _check_kind(cache)
             cache._is_user_defined = True  # as transformers marks it
-        cache.draw_with(**_drawing(generation_config))
+        cache.draw_with(**drawing_settings(generation_config))
         copies = 1 if generation_config.num_beams > 1 else generation_config.num_return_sequences
         beams, seed = generation_config.num_beams, model_kwargs.get("seed")
         if seed is None:
             seed = torch.randint(2**62, (batch_size,)).tolist() if generation_config.do_sample else 0
-        seeds = _seed_list(seed, batch_size)
+        seeds = seed_list(seed, batch_size)
         if len(seeds) == batch_size:
             seeds = [one + copy for one in seeds for copy in range(copies) for _ in range(beams)]
         model_kwargs["seed"] = seeds
 
 
-CHAIN_SETTINGS = {field.name for field in fields(Sampling)} - {"temperature", "top_k", "top_p", "min_p"}
-"""What of a Sampling `forward` takes: the rest is done by transformers' samplers."""
-
-
-def _seed_list(seed, rows: int) -> list[int]:
-    """One for each row from one for all, or from a list, whose length is not looked at; of torch's and numpy's whole numbers too."""
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    seeds = [given] * rows if isinstance(given, int) else list(given) if isinstance(given, list | tuple | range) else [None]
-    if not all(isinstance(one, int) for one in seeds):
-        raise ValueError(f"seed must be a whole number or a list of them, and it is {seed!r}")
-    return seeds
-
-
 def _check_kind(cache) -> None:
     if not isinstance(cache, RecurrentDepthCache):
         raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
-
-
-def _drawing(config) -> dict[str, float]:
-    """What transformers' samplers are told, as a `Sampling` names it, for the iterations before the last, which they do not see."""
-    if config.do_sample:
-        given = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
-        return {name: value for name, value in given.items() if value is not None}
-    return {"temperature": 0.0} if config.num_beams == 1 else {}
-
-
-def _padding(mask: Tensor | None, length: int, scored: bool) -> Tensor | None:
-    """The columns [B] at the left of each row that are padding, None where there are none.
-
-    ValueError for a mask of another length, with holes or an empty row, and, but for a text that is scored, padding at the right.
-    """
-    if mask is None:
-        return None
-    if mask.ndim != 2 or mask.shape[1] != length:
-        raise ValueError(f"attention_mask must be [batch, {length}], and it is {list(mask.shape)}")
-    shown = mask.bool()
-    if bool(shown.all()):
-        return None
-    widths = (shown.cumsum(1) == 0).sum(1)
-    column = torch.arange(length, device=mask.device)
-    stop = widths + shown.sum(1) if scored else torch.full_like(widths, length)
-    if not bool((shown == ((column >= widths.unsqueeze(1)) & (column < stop.unsqueeze(1)))).all()) or int(widths.max()) == length:
-        raise ValueError("attention_mask must hide columns at the left of a row alone, and not all of them: set padding_side='left'")
-    return widths if bool(widths.any()) else None
-
-
-def _mean_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None) -> Tensor:
-    """Cross-entropy in nats of labels [B, T] from logits [B, T, V] of the positions before them, over those that are not -100.
-
-    A row's first token has none before it, whether the row begins with it or with padding.
-    """
-    targets = labels[:, 1:] if mask is None else labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return losses / ((targets != -100).sum() if count is None else count)

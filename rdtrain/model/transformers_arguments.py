@@ -1,0 +1,62 @@
+"""What callers of the class for transformers give it, read and checked: seeds, masks, samplers' settings, labels. Needs torch alone."""
+
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .sampling import Sampling
+
+CHAIN_SETTINGS = {field.name for field in fields(Sampling)} - {"temperature", "top_k", "top_p", "min_p"}
+"""What of a Sampling `forward` takes: the rest is done by transformers' samplers."""
+
+
+def seed_list(seed, rows: int) -> list[int]:
+    """One for each row from one for all, or from a list, whose length is not looked at; of torch's and numpy's whole numbers too.
+
+    ValueError for anything else.
+    """
+    given = seed.tolist() if hasattr(seed, "tolist") else seed
+    seeds = [given] * rows if isinstance(given, int) else list(given) if isinstance(given, list | tuple | range) else [None]
+    if not all(isinstance(one, int) for one in seeds):
+        raise ValueError(f"seed must be a whole number or a list of them, and it is {seed!r}")
+    return seeds
+
+
+def drawing_settings(config) -> dict[str, float]:
+    """What transformers' samplers are told, as a `Sampling` names it, for the iterations before the last, which they do not see."""
+    if config.do_sample:
+        given = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
+        return {name: value for name, value in given.items() if value is not None}
+    return {"temperature": 0.0} if config.num_beams == 1 else {}
+
+
+def padding_columns(mask: Tensor | None, length: int, scored: bool) -> Tensor | None:
+    """The columns [B] at the left of each row that are padding, None where there are none.
+
+    ValueError for a mask of another length, with holes or an empty row, and, but for a text that is scored, padding at the right.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[1] != length:
+        raise ValueError(f"attention_mask must be [batch, {length}], and it is {list(mask.shape)}")
+    shown = mask.bool()
+    if bool(shown.all()):
+        return None
+    widths = (shown.cumsum(1) == 0).sum(1)
+    column = torch.arange(length, device=mask.device)
+    stop = widths + shown.sum(1) if scored else torch.full_like(widths, length)
+    if not bool((shown == ((column >= widths.unsqueeze(1)) & (column < stop.unsqueeze(1)))).all()) or int(widths.max()) == length:
+        raise ValueError("attention_mask must hide columns at the left of a row alone, and not all of them: set padding_side='left'")
+    return widths if bool(widths.any()) else None
+
+
+def mean_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None) -> Tensor:
+    """Cross-entropy in nats of labels [B, T] from logits [B, T, V] of the positions before them, over those that are not -100.
+
+    A row's first token has none before it, whether the row begins with it or with padding.
+    """
+    targets = labels[:, 1:] if mask is None else labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return losses / ((targets != -100).sum() if count is None else count)
