@@ -4,6 +4,7 @@ What a start would find wrong is found here by the same code: the config, shards
 the run's folder; and so is a lack of room for its checkpoints. No process is started, no GPU is touched and nothing is written.
 """
 
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -89,7 +90,7 @@ def _refusals(config: Config, checkpoint: int, free: int) -> list[str]:
 def _standing(path: Path) -> Path:
     """The nearest folder above that exists."""
     path = path.absolute()
-    while not path.is_dir():
+    while not os.path.isdir(path):  # False too for a name that is too long
         path = path.parent
     return path
 

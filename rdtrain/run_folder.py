@@ -48,7 +48,7 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be made ({error.strerror}): choose a run.folder that can be written") from None
+        raise _unwritable(folder, error.strerror) from None
     with lock:
         deadline = time.monotonic() + wait_seconds
         while True:
@@ -68,13 +68,23 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
 
 
 def refuse_unusable(config: Config) -> None:
-    """UserError where the run's folder belongs to another config or holds something else; changes nothing."""
+    """UserError where the run's folder belongs to another config, holds something else or cannot be written; changes nothing."""
     folder = Path(config.run.folder)
     recorded = folder / "config.yaml"
-    if recorded.exists():
-        _refuse_other_config(recorded, config)
-    elif folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
-        raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
+    try:
+        if recorded.exists():
+            _refuse_other_config(recorded, config)
+        elif folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
+            raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
+    except OSError as error:  # it is a file, or its name is too long
+        raise _unwritable(folder, error.strerror) from None
+    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{standing} " + ("may not be written to" if standing.is_dir() else "is a file"))
+
+
+def _unwritable(folder: Path, reason: str) -> UserError:
+    return UserError(f"the run folder {folder} cannot be written ({reason}): choose a run.folder that can be")
 
 
 def _refuse_other_config(recorded: Path, config: Config) -> None:

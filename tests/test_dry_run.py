@@ -18,6 +18,7 @@ from rdtrain.estimate import parameters_by_part
 from rdtrain.model.noise import NoiseSettings
 from rdtrain.objectives import ObjectiveSettings, build_objective
 from rdtrain.randomness import SampleRandom
+from rdtrain.run_folder import refuse_unusable
 from rdtrain.train import train
 
 PROJECT = Path(__file__).parent.parent
@@ -84,6 +85,17 @@ def test_a_folder_that_cannot_take_the_run_is_refused_beside_the_table(tiny_conf
     refused(result, "exists and is not a run of rdtrain", "; the checkpoints of", "lower checkpoint.keep")
     assert "steps" in table(result.stdout)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["letters.txt"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_not_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name, reason in (("file", "Not a directory"), ("file/run", "file is a file"), ("x" * 300, "File name too long")):
+        with pytest.raises(UserError, match=f"cannot be written .*{reason}.*: choose a run.folder"):
+            refuse_unusable(load_config(None, [f"run.folder={tmp_path / name}"]))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=f"{tmp_path} may not be written to"):
+        refuse_unusable(load_config(None, [f"run.folder={tmp_path / 'a/b'}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_parts_add_up_to_the_model(build_model):
