@@ -184,7 +184,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in seen:
         raise UserError(f"config {path} is its own base: remove the circle of `base:` lines")
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist: give the path of a YAML file, for example configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:

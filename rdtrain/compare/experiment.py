@@ -232,6 +232,6 @@ def _evaluated(runs: list[Run], output: Path, experiment: Experiment) -> str:
         device = (experiment.devices or [None])[0]
         _call([*RDTRAIN, *words, *(["--overwrite"] if folder.exists() else [])], output / "evaluation.log", device)
         write_atomically(known, json.dumps(words) + "\n")
-    text = (folder / "report.md").read_text().replace("](", "](evaluation/")
+    text = (folder / "report.md").read_text(encoding="utf-8").replace("](", "](evaluation/")
     text = "\n".join(f"#{line}" if line.startswith("#") else line for line in text.splitlines())
     return f"\n{text}\n{side_by_side(sorted(folder.glob('samples-*.jsonl')))}"

@@ -4,11 +4,12 @@ Notable: only a folder that bears the writer's own marker file is ever replaced,
 delete somebody's home. The old folder stays until the new one is complete.
 """
 
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -54,13 +55,17 @@ def output_folder(output: Path, marker: str, overwrite: bool) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name and rename it. UserError when the disk refuses."""
+    """Write a small text file, in UTF-8 everywhere, under a temporary name and rename it. UserError when the disk refuses."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): free some disk space and start the same command again") from error
+        with suppress(OSError):
+            temporary.unlink()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "free some disk space" if full else "make its folder one that is there and can be written"
+        raise UserError(f"{path} cannot be written ({error.strerror}): {mend}, and start the same command again") from error
 
 
 def file_facts(file: Path) -> dict:

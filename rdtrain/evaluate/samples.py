@@ -163,7 +163,7 @@ def read_samples(paths: Sequence[Path]) -> list[list[Sample]]:
     for path in paths:
         try:
             # split("\n"), as text may hold other characters that end lines
-            for line in path.read_text().split("\n"):
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 if line:
                     tree = json.loads(line)
                     sample = Sample(**{name: tree[name] for name in names if name in tree})
