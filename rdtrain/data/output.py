@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from ..errors import UserError
 
@@ -52,6 +53,16 @@ def output_folder(output: Path, marker: str, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"cannot write {output} ({reason}); make room there or choose another output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def report_folder(output: Path) -> Path:
+    """The folder `output`, made if need be. UserError where no file can be written there, before the work whose report it is to hold."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {output} ({error.strerror}): choose another --output") from None
+    return output
 
 
 def write_atomically(path: Path, text: str) -> None:

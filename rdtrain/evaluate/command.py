@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.output import write_atomically
+from ..data.output import report_folder, write_atomically
 from ..data.shards import ShardReader
 from ..errors import UserError
 from ..evaluation import validation_rows
+from ..model.chain import check_sampling
 from ..model.decoding import cache_bytes
 from ..model.generation import Sampling, TextGenerator
+from ..model.recurrent import ModelConfig
 from ..run_folder import start_facts
 from .chain_likelihood import likelihood_of_chain
 from .diversity import diversity_of
@@ -116,6 +118,8 @@ def evaluate(settings: EvaluateSettings) -> str:
         if "likelihood" not in settings.skip:
             tokens, bytes_per_token = validation_rows(reader, settings.sequence_length, settings.sequences, settings.rows)
         if "samples" not in settings.skip:
+            for source in sources:
+                _refuse_samplings(source, samplings)
             windows = choose_prompts(reader, settings.prompts, settings.prompt_tokens, settings.new_tokens)
             prompts = human_samples(sources[0].tokenizer(), windows, settings.prompt_tokens)
     output = _prepare(settings)
@@ -159,8 +163,14 @@ def evaluate(settings: EvaluateSettings) -> str:
                 }
                 report["texts"].append({"file": name} | cost | _judge(group, teacher, mauve))
         del generator
-    write_plots(report, output)
     write_atomically(output / "report.json", json.dumps(report, indent=2) + "\n")
+    try:
+        write_plots(report, output)
+    except OSError as error:
+        raise UserError(
+            f"the plots cannot be written to {output} ({error.strerror}), and report.json there has the numbers: free some disk space, "
+            "and start again with --overwrite for a report"
+        ) from None
     text = write_report(report)
     write_atomically(output / "report.md", text)
     return text
@@ -225,6 +235,14 @@ def _refuse_equal_names(sources: list[Source]) -> None:
         raise UserError(f"two of the models have the same name ({', '.join(names)}): export them to folders with names of their own")
 
 
+def _refuse_samplings(source: Source, samplings: list[Sampling]) -> None:
+    try:
+        for sampling in samplings:
+            check_sampling(ModelConfig(**source.config["model"]), sampling)
+    except ValueError as error:
+        raise UserError(f"{source.name} cannot generate so: {error}") from None
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
@@ -233,8 +251,4 @@ def _prepare(settings: EvaluateSettings) -> Path:
     output = settings.output
     if (output / "report.json").exists() and not settings.overwrite:
         raise UserError(f"{output} holds a report already; choose another output or ask to overwrite it")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {output} ({error.strerror}): choose another --output") from None
-    return output
+    return report_folder(output)

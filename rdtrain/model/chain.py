@@ -22,7 +22,7 @@ from .cache import CacheSlot, KeyValueCache
 from .compiled import compiled_part, is_sum
 from .denoiser import NoiseLevel, denoise_at
 from .noise import NoiseSchedule
-from .recurrent import RecurrentDepthLM, initial_state
+from .recurrent import ModelConfig, RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import SOLVERS, expected_target
 from .text_random import STATE, TextRandom
@@ -112,6 +112,12 @@ def iterate_and_read(model: RecurrentDepthLM, z: Tensor, e: Tensor, level: Noise
     return state, evidence, model.coda(state, level.of_coda, coda) if through_coda else state
 
 
+def check_sampling(config: ModelConfig, sampling: Sampling) -> None:
+    """ValueError for a denoising chain that reads from the core when the model has no core readout."""
+    if config.noise_conditioning and sampling.chain_readout == "core" and not config.core_readout:
+        raise ValueError("chain_readout=core needs a model that was trained with objective.core_readout=true: leave it at coda")
+
+
 class DenoisingChain(Chain):
     """Next-token logits of a denoising model."""
 
@@ -119,8 +125,7 @@ class DenoisingChain(Chain):
                  cache: KeyValueCache | None, random: TextRandom):
         """ValueError for a chain that reads from the core when the model has no core readout."""
         super().__init__(model, iterations, sampling, cache, random)
-        if sampling.chain_readout == "core" and not model.config.core_readout:
-            raise ValueError("chain_readout=core needs a model that was trained with objective.core_readout=true: leave it at coda")
+        check_sampling(model.config, sampling)
         levels = noise.levels(iterations)
         self._sigma_data = noise.sigma_data(model.config.width)
         self._shapes_priors = model.config.posterior_readout

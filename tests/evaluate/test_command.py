@@ -82,15 +82,29 @@ def test_bad_requests_are_refused_before_any_work(refused, run, shards, tmp_path
     refused(command(folder, *held_out, "--prompts", 0), "--prompts must be at least 1")
     refused(command(folder, *held_out, "--temperatures", -1), "temperature")
     refused(command(folder, *held_out, "--prompts", 100000, "--prompt-tokens", 5), "lower --prompts")
+    fitting = ("--prompts", 4, "--prompt-tokens", 5)
+    refused(command(folder, *held_out, *fitting, "--chain-readout", "core"), "trained with objective.core_readout=true: leave it at coda")
+    refused(command(folder, "--shards", shards / "validation", "--output", "/proc", *fitting), "cannot be written to /proc")
     refused(command(folder, *held_out, "--teacher", tmp_path / "nothing"), "is no folder")
     refused(command("--samples", tmp_path / "nothing.jsonl", "--output", output), "cannot be read")
     other = shutil.copytree(shards / "validation", tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     seal_manifest(other / "manifest.json", manifest | {"tokenizer_hash": "1" * 64})
     refused(command(folder, "--shards", other, "--output", output), "was written with tokenizer 111111111111")
-    assert not list(output.glob("samples-*"))
+    assert not list(output.iterdir())
     (output / "report.json").write_text("{}")
-    refused(command(folder, *held_out, "--prompts", 4, "--prompt-tokens", 5), "holds a report already")
+    refused(command(folder, *held_out, *fitting), "holds a report already")
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_numbers(run, shards, tmp_path, monkeypatch):
+    def full(report, output):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rdtrain.evaluate.command.write_plots", full)
+    few = dict(skip=["samples"], sequences=1, sequence_length=8, sigma_levels=2, nll_iterations=[1])
+    with pytest.raises(UserError, match=r"plots cannot be written to .*\(No space left.* report.json there has the numbers"):
+        evaluate(EvaluateSettings([run("run")], tmp_path / "report", shards=str(shards / "validation"), **few))
+    assert json.loads((tmp_path / "report/report.json").read_text())["likelihood"][0]["held_out"]["nll"] > 0
 
 
 def test_a_missing_mauve_package_is_named_before_any_work(tmp_path, monkeypatch):
