@@ -105,6 +105,10 @@ def test_every_experiment_of_the_project_is_one(path):
     ({"seeds": [1, 1]}, "different seeds"),
     ({"buget": {}}, "did you mean 'budget'"),
     ({"arms": {"a": [], "b": ["objective.name=best"]}}, "'objective.name'"),
+    ({"launcher": ["depspeed", "launch/train.py"]}, "begins with depspeed, and there is no such command"),
+    ({"evaluate": ["--promts", "5"]}, r"does not take \(unrecognized arguments: --promts 5\)"),
+    ({"evaluate": ["--prompts", "0"]}, "--prompts must be at least 1"),
+    ({"evaluate": ["--teacher", "nowhere"]}, "nowhere is no folder"),
 ])
 def test_what_is_wrong_with_a_file_is_said_before_anything_runs(experiment, calls, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):

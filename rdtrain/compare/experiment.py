@@ -16,18 +16,22 @@ time that a step takes in bench/ARM, since the learning rate must know where the
 """
 
 import dataclasses
+import io
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import Config, build, config_to_yaml, load_config, override, read_yaml
-from ..data.output import write_atomically
+from ..data.output import report_folder, write_atomically
 from ..errors import UserError
+from ..evaluate.arguments import settings_of
 from ..tables import bytes_text, markdown_lines
 from .plots import plot_parts
 from .report import compare
@@ -106,10 +110,8 @@ def load_experiment(path: Path) -> Experiment:
 def run_experiment(path: Path, output: Path) -> str:
     """Train, measure and evaluate what is not there yet, and write the report; returns its text. UserError for what a user can mend."""
     experiment = load_experiment(path)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {output} cannot be made ({error.strerror}): choose another --output") from None
+    _refuse_wrong_commands(path, experiment)
+    report_folder(output)
     configs = {arm: load_config(path.parent / experiment.config, overrides) for arm, overrides in experiment.arms.items()}
     measured = {arm: _measure(arm, config, output, experiment) for arm, config in configs.items()}
     runs = [
@@ -121,6 +123,23 @@ def run_experiment(path: Path, output: Path) -> str:
     if experiment.evaluate:
         more += _evaluated([run for run in runs if run.first], output, experiment)
     return compare([run.folder for run in runs], output, more)
+
+
+def _refuse_wrong_commands(path: Path, experiment: Experiment) -> None:
+    """UserError for a launcher that is not here, and for options that `rdtrain evaluate` would refuse once all runs have trained."""
+    if experiment.launcher and shutil.which(experiment.launcher[0]) is None:
+        raise UserError(f"'launcher' in {path} begins with {experiment.launcher[0]}, and there is no such command: correct or install it")
+    if experiment.evaluate:
+        from ..cli import build_parser  # which imports this
+
+        words, said = ["evaluate", "RUN", "--shards", "SHARDS", "--output", "FOLDER", *experiment.evaluate], io.StringIO()
+        try:
+            with redirect_stderr(said):
+                arguments = build_parser().parse_args(words)
+        except SystemExit:
+            reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+            raise UserError(f"'evaluate' in {path} holds what `rdtrain evaluate` does not take ({reason}): correct it") from None
+        settings_of(arguments).check()
 
 
 def _measure(arm: str, config: Config, output: Path, experiment: Experiment) -> dict:

@@ -64,7 +64,14 @@ def add_evaluate(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> Non
 
 
 def _evaluate(arguments) -> None:
-    from .command import EvaluateSettings, evaluate
+    from .command import evaluate
+
+    print(evaluate(settings_of(arguments)))
+
+
+def settings_of(arguments):
+    """The EvaluateSettings of a parsed command."""
+    from .command import EvaluateSettings
     from .mauve import MauveSettings
 
     values = vars(arguments)
@@ -73,4 +80,4 @@ def _evaluate(arguments) -> None:
     sampling = {name: values[name] for name in names if values[name] is not None}
     mauve = MauveSettings(arguments.mauve_scaling, "auto" if arguments.mauve_clusters is None else arguments.mauve_clusters, arguments.seed)
     others = {name: values[name] for name in EvaluateSettings.__dataclass_fields__ if name not in ("sampling", "mauve")}
-    print(evaluate(EvaluateSettings(**others, sampling=sampling, mauve=mauve)))
+    return EvaluateSettings(**others, sampling=sampling, mauve=mauve)

@@ -85,6 +85,9 @@ class EvaluateSettings:
         for name in ("sequences", "sequence_length", "batch", "prompts", "prompt_tokens", "continuations", "new_tokens", "judge_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, and it is {getattr(self, name)}")
+        for judge in (self.teacher, self.mauve_features):
+            if judge is not None and not judge.is_dir():
+                raise UserError(f"{judge} is no folder: give one with a Hugging Face model, or a model of rdtrain")
         if min(self.mauve.scalings) <= 0:
             raise UserError(f"--mauve-scaling must be above 0, and it is {min(self.mauve.scalings):g}")
         if self.sigma_levels < 2:

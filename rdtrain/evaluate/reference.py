@@ -164,8 +164,6 @@ class RecurrentModel(ReferenceModel):
 
 def load_reference(folder: Path, device: torch.device, head: bool) -> ReferenceModel:
     """A folder of ours (export, run or checkpoint) or of Hugging Face's. UserError when it is neither."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give one with a Hugging Face model, or a model of rdtrain")
     return RecurrentModel(find_model(folder), device) if is_ours(folder) else HuggingFaceModel(folder, device, head)
 
 
