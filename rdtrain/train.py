@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import Checkpointer, load_weights, read_state, refuse_other_model
-from .checkpoint_storage import checkpoint_folder
+from .checkpoint_storage import checkpoint_folder, checkpoint_steps
 from .config import Config
 from .data.loader import Loader, rank_indices, read_ahead
 from .data.mixture import MixtureLoader, open_loader
@@ -65,7 +65,7 @@ class Plan:
         validation = ShardReader(config.data.validation, tokenizer_hash=shards.manifest["tokenizer_hash"])
         objective, model = objective_and_model(config, world, shards.vocab_size, shards.manifest["bos_id"])
         model = replace(model, unused_tokens=shards.manifest.get("unused_tokens", 0))
-        if config.checkpoint.start_from:
+        if config.checkpoint.start_from and not checkpoint_steps(Path(config.run.folder)):  # a run that goes on has no need of it
             refuse_other_model(Path(config.checkpoint.start_from), model, shards.manifest["tokenizer_hash"])
         if isinstance(loader, DocumentRows):
             objective.filled = loader.filled
@@ -186,7 +186,7 @@ def _train(config: Config, world: World, watch: Watch) -> int:
         memory = PeakMemory(world.device)
         torch.manual_seed(config.run.seed)
         model = RecurrentDepthLM(plan.model)
-        if config.checkpoint.start_from:
+        if config.checkpoint.start_from and saved is None:
             load_weights(Path(config.checkpoint.start_from), model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         engine = build_engine(

@@ -188,6 +188,9 @@ def test_a_new_run_starts_from_the_weights_of_another(tiny_config, tmp_path):
     assert train(load_config(tiny_config("second", checkpoint={"start_from": str(last)}))) == 0
     end, start = read_metrics(tmp_path / "first/metrics.jsonl")[-1], read_metrics(tmp_path / "second/metrics.jsonl")[0]
     assert start["validation_nll"] == end["validation_nll"]
+    shutil.rmtree(tmp_path / "first")  # what it was started from need not stay for it to go on
+    shutil.rmtree(tmp_path / "second/checkpoints/step-00000008")
+    assert train(load_config(tiny_config("second", checkpoint={"start_from": str(last)}))) == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_config, tmp_path, rdtrain, refused):
