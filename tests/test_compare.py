@@ -10,6 +10,7 @@ from rdtrain.compare import report
 from rdtrain.compare.report import compare
 from rdtrain.compare.runs import Arm
 from rdtrain.config import load_config
+from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
 from rdtrain.train import train
 
@@ -60,7 +61,7 @@ def test_runs_that_did_not_record_their_forward_passes_are_named_or_leave_the_se
 
 def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeypatch):
     def arm(name, objective, *curve):
-        texts = dict.fromkeys(("learning_rate_source", "folder", "machine", "precision"), "")
+        texts = dict.fromkeys(("learning_rate_source", "tokenizer_hash", "folder", "machine", "precision"), "")
         texts["settings"] = name.partition(", seed")[0]
         values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | texts | {"name": name, "objective": objective}
         return Arm(**values | {"step_parts": None, "curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
@@ -77,6 +78,10 @@ def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeyp
     assert ("**short had 4.2500 after 9.0 s: 0.100 of the time and 0.500 of the training FLOPs to the 4.2500 that slow has after 90.0 s "
             "(2 seeds, 4.2000 to 4.3000).**") in text
     assert "**ours and short: never down to the 3.5000 that full has after 90.0 s.**" in text
+    arms["full"].tokenizer_hash = "1" * 64
+    with pytest.raises(UserError, match="full with 111111111111, .*: compare runs of one tokenizer"):
+        compare([Path("ours"), Path("full")], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, rdtrain, refused):

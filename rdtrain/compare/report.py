@@ -24,12 +24,18 @@ def compare(folders: list[Path], output: Path, more: str = "") -> str:
     """Write report.md, the same as one file report.html, report.json, nll-against-flops.png, nll-against-time.png and, where a run has
     recorded it, step-time.png to `output`; returns the report's text. more: Markdown for its end.
 
-    UserError when a folder holds no run, or a run without an evaluation.
+    UserError when a folder holds no run, or a run without an evaluation, and for runs of different tokenizers.
     """
     arms = [read_arm(folder) for folder in folders]
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise UserError(f"two of the runs have the same name ({', '.join(names)}): give each its own run.name")
+    for other in arms:
+        if other.tokenizer_hash != arms[0].tokenizer_hash:
+            raise UserError(
+                f"{arms[0].name} was trained with tokenizer {arms[0].tokenizer_hash[:12]} and {other.name} with "
+                f"{other.tokenizer_hash[:12]}, so that an NLL per token of one says nothing about the other: compare runs of one tokenizer"
+            )
     try:
         output.mkdir(parents=True, exist_ok=True)
         plot_nll(arms, 0, "training FLOPs", output / "nll-against-flops.png")

@@ -20,6 +20,7 @@ class Arm:
     objective: str
     settings: str
     seed: int
+    tokenizer_hash: str
     folder: str
     machine: str
     ranks: int
@@ -64,6 +65,7 @@ def read_arm(folder: Path) -> Arm:
         objective=_objective(config),
         settings=json.dumps(config.result_settings() | {"seed": None}),
         seed=config.run.seed,
+        tokenizer_hash=facts["tokenizer_hash"],
         folder=str(folder),
         machine=facts["machine"],
         ranks=facts["ranks"],
