@@ -62,7 +62,7 @@ def load_sources(file: Path) -> list[NamedSource]:
         tree = yaml.load(file.read_text(encoding="utf-8"), YamlLoader)
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}); correct the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets a date that cannot be through as a ValueError
         raise UserError(f"{file} is not YAML ({' '.join(str(error).split())}); {example}") from None
     if not isinstance(tree, dict) or list(tree) != ["sources"] or not isinstance(tree["sources"], dict) or not tree["sources"]:
         raise UserError(f"{file} holds no sources; {example}")

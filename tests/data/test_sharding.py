@@ -124,6 +124,7 @@ def test_sources_by_name(documents, tokenizer, tmp_path, monkeypatch, fault, lin
     assert manifest["sources"][2]["left_out"] == {"duplicate": {"documents": 1, "first": "standard input:4"},
                                                   "empty": {"documents": 1, "first": "standard input:3"}}
     for text, message in (("sources: {a: {}}", "either paths or a dataset"), ("x: 1", "holds no sources"), ("[", "is not YAML"),
+                          ("sources: {a: {paths: [2024-02-30]}}", "is not YAML (day is out of range for month)"),
                           ("sources: {a: {paths: [x]}, a: {paths: [y]}}", "'a' stands twice"),
                           ("sources: {a: {paths: x}}", "needs a list"), ("sources: {a: {path: [x]}}", "unknown settings (path)")):
         config.write_text(text)
