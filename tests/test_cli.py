@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+from rdtrain.data.tokenizer_commands import load_tokenizer
 from rdtrain.data.tokenizer_training import train_tokenizer
+from rdtrain.errors import UserError
 
 
 def test_text_to_shards_by_the_commands_alone(rdtrain, text_folder, tmp_path):
@@ -74,6 +77,16 @@ def test_a_missing_or_damaged_tokenizer_is_refused(rdtrain, refused, text_folder
     refused(rdtrain(*command, tmp_path / "nothing.model"), "no tokenizer at", "rdtrain tokenizer train")
     (tmp_path / "broken.model").write_bytes(b"not a model")
     refused(rdtrain(*command, tmp_path / "broken.model"), "is not a SentencePiece model")
+
+
+def test_a_tokenizer_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "tokenizer.model").touch()
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_that_does_not_match_the_shards_is_refused(rdtrain, refused, text_folder, tiny_config, tmp_path):

@@ -62,6 +62,8 @@ def load_tokenizer(path: Path):
         return Tokenizer(path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{error}: make one with `rdtrain tokenizer train` or `import`") from None
+    except OSError as error:
+        raise UserError(f"the tokenizer at {path} cannot be read ({error.strerror}): see to its permissions or its disk") from None
 
 
 def _train(arguments) -> None:
