@@ -5,6 +5,8 @@ Libraries are imported inside each verb, so that `rdtrain --help` answers at onc
 
 import argparse
 import io
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -42,7 +44,14 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files and texts may hold what the terminal cannot show
     arguments = build_parser().parse_args(join_action(sys.argv[1:]))
     with user_errors_as_exit():
-        raise SystemExit(arguments.run(arguments) or 0)
+        try:
+            code = arguments.run(arguments) or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
+            code = 128 + signal.SIGPIPE
+        raise SystemExit(code)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -265,8 +274,6 @@ def _add_bench(verbs) -> None:
 
 
 def _bench(arguments) -> None:
-    import os
-
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would tell whenever it starts and stops
 
     from .bench.command import BenchSettings, bench

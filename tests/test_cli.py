@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from rdtrain import cli
 from rdtrain.data.tokenizer_commands import load_tokenizer
 from rdtrain.data.tokenizer_training import train_tokenizer
 from rdtrain.errors import UserError
@@ -87,6 +89,17 @@ def test_a_tokenizer_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
         load_tokenizer(tmp_path)
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_as_sigpipe_would(monkeypatch):
+    def printing(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "build_parser", lambda: Namespace(parse_args=lambda words: Namespace(run=printing)))
+    monkeypatch.setattr("os.dup2", lambda *descriptors: None)  # pytest has need of standard output
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 141
 
 
 def test_a_tokenizer_that_does_not_match_the_shards_is_refused(rdtrain, refused, text_folder, tiny_config, tmp_path):
