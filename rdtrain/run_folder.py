@@ -165,7 +165,8 @@ def config_like(run: Path, overrides: list[str]) -> Config:
         facts = json.loads((run / "run.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{run} has no record of a run (run.json): give a run.folder, or --config") from None
-    config = load_config(recorded, [f"run.folder={run}-again", *overrides])
+    again = json.dumps(f"{run}-again", ensure_ascii=False)  # quoted: YAML takes what follows " #" for a comment
+    config = load_config(recorded, [f"run.folder={again}", *overrides])
     if Path(config.run.folder).resolve() == run.resolve():
         raise UserError(f"run.folder={config.run.folder} is the run to be repeated: give another, or start with --config to continue it")
     world = World.from_environment()

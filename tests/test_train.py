@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rdtrain.config import load_config
+from rdtrain.config import Config, config_to_yaml, load_config
 from rdtrain.errors import UserError
 from rdtrain.faults import StepJudge
 from rdtrain.metrics import read_metrics
 from rdtrain.model.information import UNIT
+from rdtrain.run_folder import config_like
 from rdtrain.train import train
 
 
@@ -149,6 +150,15 @@ def test_a_run_is_repeated_from_its_own_record(tiny_config, tmp_path, rdtrain, r
     assert losses[0] == losses[1]
     refused(rdtrain("train", "--like", tmp_path / "run", f"run.folder={tmp_path}/run"), "is the run to be repeated")
     refused(rdtrain("train", "--like", tmp_path), "has no record of a run")
+
+
+def test_a_run_is_repeated_beside_itself_whatever_it_is_called(tmp_path):
+    for name in ("try #2", "a: b", "\\x41 \U0001f600"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(config_to_yaml(Config()))
+        (run / "run.json").write_text("{}")
+        assert config_like(run, []).run.folder == f"{run}-again"
 
 
 def test_a_flops_budget_sets_the_steps(tiny_config, tmp_path):
