@@ -364,8 +364,6 @@ def _add_generate(verbs) -> None:
 
 
 def _generate(arguments) -> None:
-    import os
-
     if not all((arguments.folder / name).is_file() for name in ("__main__.py", "configuration_rdtrain.py")):  # what others have is not run
         raise UserError(f"{arguments.folder} is not an exported model: make one with `rdtrain export RUN --output FOLDER`")
     os.execv(sys.executable, [sys.executable, str(arguments.folder), *arguments.arguments])  # so that signals reach the program

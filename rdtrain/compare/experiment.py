@@ -15,6 +15,7 @@ report. Started again it goes on: runs continue, and what is complete stays. Not
 time that a step takes in bench/ARM, since the learning rate must know where the run ends.
 """
 
+import argparse
 import dataclasses
 import io
 import json
@@ -31,7 +32,7 @@ from pathlib import Path
 from ..config import Config, build, config_to_yaml, load_config, override, read_yaml
 from ..data.output import report_folder, write_atomically
 from ..errors import UserError
-from ..evaluate.arguments import settings_of
+from ..evaluate.arguments import add_arguments, settings_of
 from ..tables import bytes_text, markdown_lines
 from .plots import plot_parts
 from .report import compare
@@ -130,12 +131,11 @@ def _refuse_wrong_commands(path: Path, experiment: Experiment) -> None:
     if experiment.launcher and shutil.which(experiment.launcher[0]) is None:
         raise UserError(f"'launcher' in {path} begins with {experiment.launcher[0]}, and there is no such command: correct or install it")
     if experiment.evaluate:
-        from ..cli import build_parser  # which imports this
-
-        words, said = ["evaluate", "RUN", "--shards", "SHARDS", "--output", "FOLDER", *experiment.evaluate], io.StringIO()
+        parser, words, said = argparse.ArgumentParser(add_help=False), ["RUN", "--output", "FOLDER", "--shards", "SHARDS"], io.StringIO()
+        add_arguments(parser)
         try:
             with redirect_stderr(said):
-                arguments = build_parser().parse_args(words)
+                arguments = parser.parse_args([*words, *experiment.evaluate])
         except SystemExit:
             reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
             raise UserError(f"'evaluate' in {path} holds what `rdtrain evaluate` does not take ({reason}): correct it") from None

@@ -14,6 +14,11 @@ def add_evaluate(verbs, add_verb: Callable[..., argparse.ArgumentParser]) -> Non
         "each K and temperature: its variety, its NLL under a teacher, and its MAUVE, beside the human text. Writes report.md, "
         "report.json, plots and every sample. docs/evaluation.md says what each number means.",
     )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the verb takes; `settings_of` reads it."""
     parser.add_argument("models", type=Path, nargs="*", metavar="MODEL", help="exported folders, run folders or checkpoint folders")
     parser.add_argument("--shards", help="validation shards (folder, zip file or URL), of the models' tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
