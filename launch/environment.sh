@@ -1,6 +1,8 @@
 # Sourced by the scripts of this folder, from the project's root. Makes .venv with rdtrain and everything it needs, once, in the
 # exact versions of constraints.txt (a finished set-up leaves a stamp, so the next start takes no time), and defines `launch`.
 
+# Python compiles what is imported and keeps it; where the environment forbids that, every process would compile again, for seconds.
+unset PYTHONDONTWRITEBYTECODE
 stamp=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat .venv/rdtrain-stamp 2>/dev/null)" != "$stamp" ]; then
     echo "installing rdtrain and what it needs into .venv, a few minutes"
