@@ -82,6 +82,8 @@ def test_arms_one_after_another_with_their_memory_and_one_that_does_not_fit(conf
     assert bench(config, dataclasses.replace(settings, resume=True)) == text
     with pytest.raises(UserError, match="with other options"):
         bench(config, dataclasses.replace(settings, resume=True, effort=Effort(warmup=1, steps=4)))
+    with pytest.raises(UserError, match="with other options"):
+        bench(override(config, ["noise.level_per=token"]), dataclasses.replace(settings, resume=True))
     (tmp_path / "out/bench.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read .*: remove it, and measure that stage again"):
         collect(tmp_path)

@@ -63,7 +63,9 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
         known.append(on_paper(case, world, vocab_size, effort, bos_id))
     swept = settings.sweep[0].partition("=")[0] if settings.sweep else None
     options = {"warmup": effort.warmup, "steps": effort.steps, "shards": effort.shards, "swept": swept}
-    report = {"facts": start_facts(world.device.type), **options}
+    settled = {name: asdict(getattr(config, name)) for name in ("data", "noise", "optimizer")}  # what no row has of its own
+    del settled["data"]["sequence_length"]
+    report = {"facts": start_facts(world.device.type), **options, "settings": json.loads(json.dumps(settled))}
     try:
         for folder in filter(None, (settings.output, effort.profile)):
             folder.mkdir(parents=True, exist_ok=True)
