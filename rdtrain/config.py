@@ -6,6 +6,7 @@ config into one sentence before any work starts. A file may name another as its 
 
 import dataclasses
 import difflib
+import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +225,11 @@ def _apply_override(tree: dict, override: str) -> None:
     section[keys[1]] = value
 
 
+@functools.cache  # making one takes longer than all that it does
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind, config={"strict": True, "allow_inf_nan": False})
+
+
 def build(kind: type, tree: dict, prefix: str, origin: str) -> Any:
     """An instance of a dataclass from a tree of plain values; types are strict (no "4" for 4, no 4.0 for 4, no 1 for true).
 
@@ -246,7 +252,7 @@ def build(kind: type, tree: dict, prefix: str, origin: str) -> Any:
             values[key] = build(fields[key], value, f"{name}.", origin)
             continue
         try:
-            values[key] = TypeAdapter(fields[key], config={"strict": True, "allow_inf_nan": False}).validate_python(value)
+            values[key] = _adapter(fields[key]).validate_python(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
             raise UserError(f"'{name}' in {origin} is of the wrong type: {message[0].lower()}{message[1:]}, and it is {value!r}") from None

@@ -6,8 +6,8 @@ case must show: gathered weights that are the loop's, weights sharded between st
 deeper step, the same held-out likelihood as without sharding, and a run that was saved and loaded going on bit for bit. Compiled cases
 compile nothing after half of the steps, and a run that is warmed up, at its start and after every step, is to the bit the one that was
 not. Whatever engines the process had before, PyTorch's linear function is its own. `short` compiles without the last stage, which writes
-the kernels' code and takes minutes of C++, and a core of one layer, as each takes seconds to trace; `full` with it, and of two. Stages
-whose passes are another's, or take seconds, have fewer cases in `short`.
+the kernels' code and takes minutes of C++, and a core of one layer, as each takes seconds to trace; `full` with it, and of two. ZeRO-1
+has every case of `short`, the others those that their way of holding weights and gradients could go wrong in.
 """
 
 import functools
@@ -80,7 +80,7 @@ FULL = [
 ]
 COMPILED = [("diffusion_blocks", False, 4, "fp32"), ("truncated", True, 4, "fp32"), ("chain", False, 4, "bf16")]
 SHORT_BY_WAY = {
-    "zero-0": [SHORT[0], SHORT[1], *SHORT[4:]], "zero-2": [SHORT[0], SHORT[1], *SHORT[4:]], "zero-3": [*SHORT[:3], SHORT[4]],
+    "fsdp": SHORT[1:5], "zero-0": [SHORT[4]], "zero-2": [SHORT[1], SHORT[4]], "zero-3": [SHORT[1], SHORT[2], SHORT[4]],
     **{f"zero-{stage}-offload": [("diffusion_blocks", False, 2, "fp32")] for stage in (1, 2, 3)},
 }
 SHORT_COMPILED = {"zero-1-compiled": ("diffusion_blocks", False, 2, "fp32"), "fsdp-compiled": ("truncated", True, 2, "fp32")}

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 
 import torch
-from processes import BUCKET, DEVICE, run_cases
+from processes import ARGUMENTS, BUCKET, DEVICE, run_cases
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,10 +44,14 @@ KINDS = {
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
 }
 """Collectives by the names that torch's dispatcher knows them by."""
-CASES = [
-    " ".join(case) for case in itertools.product(WAYS, ("fp32", "bf16"), OBJECTIVES)
-    if case[2] == "blocks" or (case[0], case[1]) in (("fsdp", "fp32"), ("zero-1", "bf16"), ("zero-2", "fp32"), ("zero-3", "bf16"))
-]
+EVERY_OBJECTIVE = (("fsdp", "fp32"), ("zero-1", "bf16"), ("zero-2", "fp32"), ("zero-3", "bf16"))
+CASES = {
+    "short": [f"{way} bf16 blocks" for way in WAYS] + ["fsdp fp32 untied", "fsdp fp32 bptt", "zero-1 bf16 untied", "zero-3 bf16 bptt"],
+    "full": [
+        " ".join(case) for case in itertools.product(WAYS, ("fp32", "bf16"), OBJECTIVES)
+        if case[2] == "blocks" or case[:2] in EVERY_OBJECTIVE
+    ],
+}
 
 
 def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
@@ -159,4 +163,4 @@ if __name__ == "__main__":
     importlib.import_module("rdtrain.estimate")  # which takes them over
     gc.collect()
     gc.freeze()  # what is there by now need not be searched again and again
-    run_cases(CASES, check)
+    run_cases(CASES[ARGUMENTS[1]], check)

@@ -11,7 +11,7 @@ from rdtrain.train import train
 
 @pytest.mark.parametrize(
     ("processes", "length", "cases"),
-    [(2, "short", 12), *(pytest.param(number, "full", 14, marks=pytest.mark.slow) for number in (1, 2, 4))],
+    [(2, "short", 8), *(pytest.param(number, "full", 14, marks=pytest.mark.slow) for number in (1, 2, 4))],
 )
 def test_every_engine_gives_and_takes_the_same_snapshot(ranks, tmp_path, processes, length, cases):
     result = ranks(tmp_path, length, script="tests/distributed/snapshots_process.py", gpus=True, number=processes, timeout=900)
@@ -26,7 +26,7 @@ ENGINES = ZERO | {"fsdp": ["engine.name=fsdp"], "torch": ["engine.name=torch"]}
 @pytest.mark.parametrize(
     ("precision", "legs", "steps"),
     [
-        ("fp32", [("zero-1", 2), ("zero-3", 4), ("torch", 1)], 5),
+        ("fp32", [("zero-3", 2), ("torch", 1)], 5),
         pytest.param("fp32", [("zero-1", 2), ("zero-3", 4), ("torch", 1)], 10, marks=pytest.mark.slow),
         pytest.param("fp32", [("zero-1", 2), ("zero-1", 4), ("zero-1", 1)], 10, marks=pytest.mark.slow),
         pytest.param("fp32", [("fsdp", 2), ("fsdp", 4), ("fsdp", 1)], 10, marks=pytest.mark.slow),

@@ -12,7 +12,7 @@ from rdtrain.model.weight_copies import WeightCopies
 from rdtrain.randomness import SampleRandom
 
 DEPTH, LENGTH, VOCABULARY = 9, 11, 30
-COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
+NONE, ITERATIONS, SELECTIVE = {}, {"activation_checkpointing": True}, {"layer_checkpointing": "selective"}
 
 
 @pytest.fixture
@@ -51,8 +51,7 @@ def loss_of(model, objective, keeps=True):
         return objective(model, tokens, SampleRandom(0, range(2), torch.device("cpu"), 0)).value
 
 
-@COMPILED
-@pytest.mark.parametrize("trained", [2, 8])
+@pytest.mark.parametrize(("trained", "compiled"), [(2, False), (8, False), (8, True), pytest.param(2, True, marks=pytest.mark.slow)])
 def test_one_copy_of_each_weight_waits_for_the_backward_pass_however_many_iterations_do(trained, compiled, bptt):
     model, objective = bptt(trained, compiled, core_alone=trained == 8)
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
@@ -69,11 +68,12 @@ def test_one_copy_of_each_weight_waits_for_the_backward_pass_however_many_iterat
     assert sum(storage.nbytes() for storage in saved.values()) == sum(2 * weight.numel() for weight in linears)
 
 
-@COMPILED
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"activation_checkpointing": True}, {"layer_checkpointing": "selective"}],
-    ids=["none", "iterations", "selective"],
+    ("settings", "compiled"),
+    [
+        (NONE, False), (ITERATIONS, False), (SELECTIVE, False), (SELECTIVE, True),
+        *(pytest.param(settings, True, marks=pytest.mark.slow) for settings in (NONE, ITERATIONS)),
+    ],
 )
 def test_loss_and_gradients_are_to_the_bit_those_of_a_cast_in_each_iteration(settings, compiled, bptt, monkeypatch):
     """Whose fp32 gradients autograd adds up."""
