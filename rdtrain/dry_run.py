@@ -4,7 +4,6 @@ What a start would find wrong is found here by the same code: the config, shards
 the run's folder; and so is a lack of room for its checkpoints. No process is started, no GPU is touched and nothing is written.
 """
 
-import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from .config import Config
 from .distributed import World
 from .errors import UserError
 from .estimate import Memory, Shares, checkpoint_bytes, model_on_paper, parameters_by_part, rank_memory, step_traffic
-from .run_folder import refuse_unusable
+from .run_folder import refuse_unusable, standing
 from .tables import bytes_text
 from .train import Plan
 
@@ -38,7 +37,7 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
     memory = rank_memory(shares, plan.model, config, plan.objective, world, plan.total_steps)
     traffic = step_traffic(shares, config, plan.objective, number, plan.accumulation, ranks)
     checkpoint = checkpoint_bytes(shares, config, number)
-    free = shutil.disk_usage(_standing(Path(config.run.folder))).free
+    free = shutil.disk_usage(standing(Path(config.run.folder))).free
 
     engine = f"{config.engine.name}, ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else config.engine.name
     total = plan.total_steps * plan.tokens_per_step
@@ -85,14 +84,6 @@ def _refusals(config: Config, checkpoint: int, free: int) -> list[str]:
             "checkpoint.keep, or choose a run.folder on another disk"
         )
     return found
-
-
-def _standing(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    path = path.absolute()
-    while not os.path.isdir(path):  # False too for a name that is too long
-        path = path.parent
-    return path
 
 
 def _memory_rows(memory: Memory, accumulation: int) -> list[tuple[str, str, str]]:

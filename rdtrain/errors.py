@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .model.exceptions import first_line, out_of_memory
+
 HEARING_SECONDS = 10.0
 """How long processes wait with their end where the first speaks for all: at the first end a launcher ends the others."""
 
@@ -52,13 +54,3 @@ def user_errors_as_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("rdtrain: stopped; start the same command again", file=sys.stderr, flush=True)
         sys.exit(130)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, which torch says with a RuntimeError on every device."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

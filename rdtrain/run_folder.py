@@ -78,9 +78,15 @@ def refuse_unusable(config: Config) -> None:
             raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
     except OSError as error:  # it is a file, or its name is too long
         raise _unwritable(folder, error.strerror) from None
-    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
-        raise _unwritable(folder, f"{standing} " + ("may not be written to" if standing.is_dir() else "is a file"))
+    there = standing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{there} " + ("may not be written to" if there.is_dir() else "is a file"))
+
+
+def standing(path: Path) -> Path:
+    """The nearest of a path and the folders above it that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if os.path.exists(each))  # False too for a name that is too long
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:

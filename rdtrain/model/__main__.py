@@ -108,7 +108,7 @@ def main() -> None:
         own = (error.name or "").partition(".")[0] == __package__
         sys.exit(f"\n{FOLDER.name}: {error}: {'export the model again' if own else 'install that Python package'}")
     except (RuntimeError, MemoryError) as error:
-        from .description import first_line, out_of_memory
+        from .exceptions import first_line, out_of_memory
 
         if "C++ compiler" in first_line(error) or "C compiler" in first_line(error):  # of --compile, which calls one on a GPU too
             sys.exit(f"\n{FOLDER.name}: --compile needs a compiler ({first_line(error)}): install g++, or leave --compile out")

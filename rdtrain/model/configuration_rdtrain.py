@@ -14,7 +14,8 @@ if transformers.__version__.split(".")[0] != "5":
 
 from transformers import PretrainedConfig
 
-from .description import FORMAT, check_format, checked_dtype, checked_model, checked_noise, first_line
+from .description import FORMAT, check_format, checked_dtype, checked_model, checked_noise
+from .exceptions import first_line
 from .noise import NoiseSchedule
 from .recurrent import ModelConfig
 

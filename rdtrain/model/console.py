@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from dataclasses import fields, replace
 
-from .description import out_of_memory
+from .exceptions import out_of_memory
 from .generation import TextGenerator
 from .sampling import Sampling
 

@@ -49,16 +49,6 @@ def check_format(number: Any) -> None:
         raise ValueError(f"its format is {number!r}, and this code reads {FORMAT}")
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, which torch says with a RuntimeError on every device."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
-
-
 def _checked(kind: type, values: Any, section: str) -> dict:
     """Values by name, of the types that a dataclass gives its fields; whole numbers may stand for others."""
     if not isinstance(values, dict):

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .decoding import Decoder
-from .description import check_format, checked_dtype, checked_model, checked_noise, first_line
+from .description import check_format, checked_dtype, checked_model, checked_noise
+from .exceptions import first_line
 from .noise import NoiseSchedule
 from .recurrent import RecurrentDepthLM
 from .sampling import Sampling

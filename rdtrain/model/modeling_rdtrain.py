@@ -26,7 +26,7 @@ from .cache import CachePlace
 from .chain_cache import RecurrentDepthCache
 from .configuration_rdtrain import RecurrentDepthConfig
 from .denoiser import denoise_state
-from .description import first_line
+from .exceptions import first_line
 from .recurrent import MOST_ITERATIONS, RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import euler_step

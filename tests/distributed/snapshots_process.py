@@ -25,6 +25,7 @@ OBJECTIVE = DiffusionBlocks(NoiseSettings(), 6, blocks=BLOCKS)
 OPTIMIZER = OptimizerSettings(learning_rate=RATE, weight_decay=0.3, epsilon=1e-4)  # so large for the reason in blocks_process.py
 ROUNDED = ("fsdp", "zero-1", "zero-3", "zero-1-offload", "zero-3-offload")
 """In bf16: those that run bf16 weights, but for ZeRO-2, which keeps its state as ZeRO-1 does."""
+
 SHORT = ["torch fp32", "fsdp fp32", "zero-0 fp32", "zero-1 fp32", "zero-2-offload fp32", "fsdp bf16", "zero-1 bf16", "zero-3 bf16"]
 TOLERANCE = {"fp32": 1e-6, "bf16": 3 * RATE * OPTIMIZER.embedding_scale}
 
