@@ -55,6 +55,12 @@ def multiply(x: Tensor, product: nn.Linear) -> Tensor:
 
 
 def _with_sums(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    """What torch.compile makes of a graph, with small products as sums.
+
+    Deterministic: by default the compiler times several forms of a sum as the program first runs and keeps the fastest. These take 2 us
+    each, on a GPU whose clocks have fallen while it compiled, and it was seen to keep one that takes 17 (docs/lab.md). Chosen by rule, a
+    text is the same in every process, too.
+    """
     from torch._inductor.compile_fx import compile_fx  # costs a second that only those wait for who compile
     from torch._inductor.decomposition import select_decomp_table
 
@@ -64,4 +70,5 @@ def _with_sums(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
     def product(one: Tensor, other: Tensor, **how) -> Tensor:
         return (one.unsqueeze(2) * other.unsqueeze(0)).sum(dim=1) if is_sum(one.shape[0], other) else others(one, other, **how)
 
-    return compile_fx(graph, inputs, decompositions=table | {torch.ops.aten.mm.default: product})
+    decompositions = table | {torch.ops.aten.mm.default: product}
+    return compile_fx(graph, inputs, decompositions=decompositions, config_patches={"deterministic": True})

@@ -114,7 +114,13 @@ def test_products_of_one_position_are_sums_in_compiled_code_where_the_weight_is_
     assert is_sum(1, on("cuda", 2**22)) and not is_sum(1, on("cuda", 2**22 + 1))
     assert not is_sum(2, on("cuda", 9)) and not is_sum(1, on("cpu", 9))
     table, model, seen = {}, build_model(True, posterior_readout=True), []
-    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, decompositions: table.update(decompositions) or graph.forward)
+
+    def compile_by(graph, inputs, decompositions, config_patches):
+        assert config_patches == {"deterministic": True}
+        table.update(decompositions)
+        return graph.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compile_by)
     compiled_part.cache_clear()
     try:
         compiled_part(torch.square)(torch.ones(2))
