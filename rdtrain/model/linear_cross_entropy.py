@@ -39,14 +39,20 @@ def part_gradients(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tens
     hidden [N, d] and table [V, d] are of one dtype; targets [N]; weights fp32 [N]. The table's gradient is added to table_gradient,
     fp32 [V, d]. evidence [N, d] and inverse_lengths [V]: as `evidence_logits` takes them, or None.
     """
-    logits = F.linear(hidden, table).float()
-    if evidence is not None:
-        logits = logits.add_(evidence_logits(evidence, table, inverse_lengths))
-    logits = F.log_softmax(logits, dim=-1)
     targets = targets.unsqueeze(-1)
-    losses = -logits.gather(-1, targets).squeeze(-1)
+    product = F.linear(hidden, table)
+    # Looked up in the products: compiled code would write all logits in fp32 to look it up there.
+    sought, logits = product.gather(-1, targets).float(), product.float()
+    if evidence is not None:
+        seen = F.linear(evidence, table)
+        sought += seen.gather(-1, targets).float() * inverse_lengths[targets]
+        logits += seen.float().mul_(inverse_lengths)
+    largest = logits.amax(-1, keepdim=True)
+    probabilities = logits.sub_(largest).exp_()
+    total = probabilities.sum(-1, keepdim=True)
+    losses = (total.log() - (sought - largest)).squeeze(-1)
     chosen = torch.arange(table.shape[0], device=table.device) == targets
-    gradient = logits.exp_().sub_(chosen.to(torch.uint8)).mul_(weights.unsqueeze(-1)).to(table.dtype)
+    gradient = probabilities.mul_(1 / total).sub_(chosen.to(torch.uint8)).mul_(weights.unsqueeze(-1)).to(table.dtype)
     table_gradient.add_(gradient.t() @ hidden)
     return losses, gradient @ table
 

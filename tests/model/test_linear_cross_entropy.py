@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rdtrain.model import linear_cross_entropy as module
-from rdtrain.model.linear_cross_entropy import linear_cross_entropy, parts_of
+from rdtrain.model.linear_cross_entropy import linear_cross_entropy, part_gradients, parts_of
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 16, 24, 70
 
@@ -102,6 +103,15 @@ def test_no_tensor_has_all_logits(build_model, small_parts):
     torch.testing.assert_close(losses, logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
     assert value.item() == pytest.approx(losses.mean().item())
     torch.testing.assert_close(embedding, model.expected_embedding(logits).detach())
+
+
+def test_targets_are_looked_up_in_the_products():
+    """These are written anyway; whatever else they were looked up in, compiled code would write for that: all logits of a part, in fp32."""
+    hidden, table, targets, weights, evidence, lengths = operands()
+    hidden, table, evidence = hidden.bfloat16().flatten(0, 1), table.bfloat16(), evidence.bfloat16().flatten(0, 1)
+    part = make_fx(part_gradients)(hidden, table, targets.flatten(), weights.flatten(), evidence, lengths, torch.zeros(VOCABULARY, WIDTH))
+    looked_up_in = [node.args[0].target for node in part.graph.nodes if node.target is torch.ops.aten.gather.default]
+    assert looked_up_in == [torch.ops.aten.mm.default] * 2
 
 
 @pytest.mark.parametrize("tokens, vocabulary", [(1, 50), (48, 70), (53, 70), (16_384, 32_768), (65_536, 8_192), (5, 2**28)])
