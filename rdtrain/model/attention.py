@@ -7,7 +7,8 @@ through its `math` kernel, which would keep all T x T scores. `attention_backend
 Where documents are kept apart (`document_mask`), SDPA's memory-efficient kernel runs, the one that takes a mask; flash-attn does not.
 
 flash-attn-4 (flash_attn.cute) is no backend of its own: its functions are none that torch.compile knows, and SDPA's flash kernel becomes
-flash-attn-4's by `torch.nn.attention.activate_flash_attention_impl("FA4")`, from PyTorch 2.10 on.
+flash-attn-4's by `torch.nn.attention.activate_flash_attention_impl("FA4")`, from PyTorch 2.10 on. On an H200 cuDNN's is faster with
+sequences shorter than 16,384 tokens (docs/results/performance.md).
 """
 
 import torch

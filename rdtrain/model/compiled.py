@@ -57,9 +57,8 @@ def multiply(x: Tensor, product: nn.Linear) -> Tensor:
 def _with_sums(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
     """What torch.compile makes of a graph, with small products as sums.
 
-    Deterministic: by default the compiler times several forms of a sum as the program first runs and keeps the fastest. These take 2 us
-    each, on a GPU whose clocks have fallen while it compiled, and it was seen to keep one that takes 17 (docs/lab.md). Chosen by rule, a
-    text is the same in every process, too.
+    Deterministic: by default the compiler times several forms of a sum as the program first runs, and keeps one. Of some that take 2 us it
+    was seen to keep one that takes 17 (docs/lab.md); and chosen by rule, a text is the same in every process.
     """
     from torch._inductor.compile_fx import compile_fx  # costs a second that only those wait for who compile
     from torch._inductor.decomposition import select_decomp_table
