@@ -6,6 +6,7 @@ first, so that the file reads as if nothing had happened.
 
 import json
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,8 @@ class MetricLogger:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):
+                self._file.close()  # which tries again what could not be written, and once closed is so for good
             raise UserError(
                 f"{self._path} cannot be written ({error.strerror}): free some disk space and start the same command again to continue"
             ) from error

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,13 @@ def test_the_slowest_rank_is_told_by_every_ranks_own_time(monkeypatch):
     assert at_rank_2([1.0, 1.0, 1.5, 1.0]) == {"rank_seconds": 1.0, "slowest_rank": 2, "slowest_rank_excess": 0.5}
     assert slowest_rank(None, 0.1, World(0, 2, 0, torch.device("cpu"))) == {}  # weights are gathered inside of the passes
     assert slowest_rank(1.0, 0.1, World(0, 1, 0, torch.device("cpu"))) == {}
+
+
+def test_a_disk_that_is_full_is_one_sentence_also_when_the_logger_is_closed(tmp_path):
+    logger = MetricLogger(tmp_path, LoggingSettings(), {}, "run", World(0, 1, 0, torch.device("cpu")), resume_step=0)
+    logger._file = open("/dev/full", "a")
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\)"), closing(logger):
+        logger.log({"step": 1})
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
