@@ -74,18 +74,21 @@ class MetricLogger:
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            if self._tensorboard is not None:
+                for key, value in _flat(record).items():
+                    self._tensorboard.add_scalar(key, value, record["step"])
+                self._tensorboard.flush()
         except OSError as error:
-            with suppress(OSError):
-                self._file.close()  # which tries again what could not be written, and once closed is so for good
+            for each in filter(None, (self._file, self._tensorboard)):
+                with suppress(OSError):
+                    each.close()  # which tries again what could not be written
+            self._file = self._tensorboard = None
             raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): free some disk space and start the same command again to continue"
+                f"the metrics in {self._path.parent} cannot be written ({error.strerror}): free some disk space and start the same command "
+                "again to continue"
             ) from error
         if self._wandb is not None:
             self._wandb.log(_flat(record), step=record["step"])
-        if self._tensorboard is not None:
-            for key, value in _flat(record).items():
-                self._tensorboard.add_scalar(key, value, record["step"])
-            self._tensorboard.flush()
 
     def close(self) -> None:
         """Finish the file and the wandb run."""

@@ -1,5 +1,6 @@
 """Metrics: means are taken over everything, and wandb offline really writes them."""
 
+import errno
 import math
 import shutil
 import sys
@@ -39,10 +40,17 @@ def test_the_slowest_rank_is_told_by_every_ranks_own_time(monkeypatch):
     assert slowest_rank(1.0, 0.1, World(0, 1, 0, torch.device("cpu"))) == {}
 
 
-def test_a_disk_that_is_full_is_one_sentence_also_when_the_logger_is_closed(tmp_path):
+@pytest.mark.parametrize("full", ["metrics.jsonl", "an event file"])
+def test_a_disk_that_is_full_is_one_sentence_also_when_the_logger_is_closed(tmp_path, full):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     logger = MetricLogger(tmp_path, LoggingSettings(), {}, "run", World(0, 1, 0, torch.device("cpu")), resume_step=0)
-    logger._file = open("/dev/full", "a")
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\)"), closing(logger):
+    if full == "metrics.jsonl":
+        logger._file = open("/dev/full", "a")
+    else:
+        logger._tensorboard = SimpleNamespace(add_scalar=refuse, flush=refuse, close=refuse)
+    with pytest.raises(UserError, match=r"metrics in .* cannot be written \(No space left on device\)"), closing(logger):
         logger.log({"step": 1})
 
 
