@@ -4,6 +4,7 @@ Libraries are imported inside each verb, so that `rdtrain --help` answers at onc
 """
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -51,6 +52,13 @@ def main() -> None:
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
             code = 128 + signal.SIGPIPE
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise UserError(
+                f"the disk is full that the output goes to ({error.strerror}): free some of it, and start the same command again"
+            ) from error
         raise SystemExit(code)
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -100,6 +102,14 @@ def test_a_reader_that_has_seen_enough_ends_a_command_as_sigpipe_would(monkeypat
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 141
+
+
+def test_a_full_disk_below_standard_output_is_one_sentence():
+    command = [sys.executable, "-m", "rdtrain.cli", "train", "--print-config"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("rdtrain: the disk is full") and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_a_tokenizer_that_does_not_match_the_shards_is_refused(rdtrain, refused, text_folder, tiny_config, tmp_path):
