@@ -12,8 +12,8 @@ def columns(lines: list[list[str]]) -> str:
 
 
 def markdown_lines(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    """The lines of a Markdown table. A bar in a cell, as names may have, would begin another one, and is escaped."""
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def bytes_text(count: float) -> str:

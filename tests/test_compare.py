@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 
-from rdtrain.compare import report
+from rdtrain.compare import plots, report
 from rdtrain.compare.report import compare
 from rdtrain.compare.runs import Arm
 from rdtrain.config import load_config
@@ -59,13 +59,15 @@ def test_runs_that_did_not_record_their_forward_passes_are_named_or_leave_the_se
     assert "Where the time of a step goes" not in text and not (tmp_path / "one/step-time.png").exists()
 
 
-def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeypatch):
-    def arm(name, objective, *curve):
-        texts = dict.fromkeys(("learning_rate_source", "tokenizer_hash", "folder", "machine", "precision"), "")
-        texts["settings"] = name.partition(", seed")[0]
-        values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | texts | {"name": name, "objective": objective}
-        return Arm(**values | {"step_parts": None, "curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
+def arm(name: str, objective: str, *curve: tuple[float, float, float]) -> Arm:
+    """A run with this curve, of which all else that is a number is 1."""
+    texts = dict.fromkeys(("learning_rate_source", "tokenizer_hash", "folder", "machine", "precision"), "")
+    texts["settings"] = name.partition(", seed")[0]
+    values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | texts | {"name": name, "objective": objective}
+    return Arm(**values | {"step_parts": None, "curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
 
+
+def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeypatch):
     slow = {f"slow, seed {seed}": arm(f"slow, seed {seed}", "truncated", (0, 0.0, 9.0), (2, end, nll))
             for seed, end, nll in ((1, 80.0, 4.3), (2, 100.0, 4.2))}
     arms = slow | {
@@ -82,6 +84,18 @@ def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeyp
     with pytest.raises(UserError, match="full with 111111111111, .*: compare runs of one tokenizer"):
         compare([Path("ours"), Path("full")], tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_names_say_what_they_say_in_tables_and_plots(tmp_path, monkeypatch):
+    names = ["_K=32 | $2 and $3", r"$\foo$"]
+    arms = {name: arm(name, name, (0, 0.0, 9.0), (1, 1.0, 8.0)) for name in names}
+    monkeypatch.setattr(report, "read_arm", lambda folder: arms[str(folder)])
+    drawn, save = [], plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
+    compare([Path(name) for name in names], tmp_path)
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == [f"{name} (learning rate 1)" for name in names]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<th>_K=32 | $2 and $3</th>") == 2
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, rdtrain, refused):

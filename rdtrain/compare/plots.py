@@ -8,12 +8,12 @@ from .runs import Arm
 def plot_nll(arms: list[Arm], column: int, label: str, path: Path) -> None:
     """Held-out NLL against a column of the arms' curves. OSError where the disk refuses."""
     figure, axes = _figure(4.5)
-    for arm in arms:
-        x, nll = [point[column] for point in arm.curve], [point[-1] for point in arm.curve]
-        axes.plot(x, nll, marker="o", markersize=3, label=f"{arm.name} (learning rate {arm.learning_rate:g})")
+    lines = [
+        axes.plot([point[column] for point in arm.curve], [point[-1] for point in arm.curve], marker="o", markersize=3)[0] for arm in arms
+    ]
     axes.set(xlabel=label, ylabel="held-out NLL (nats per token)", title=f"Held-out NLL against {label}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(lines, [f"{arm.name} (learning rate {arm.learning_rate:g})" for arm in arms])
     _save(figure, path)
 
 
@@ -43,6 +43,7 @@ def _figure(height: float):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # dollars in the name of a run are no formula
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(7, height), layout="constrained")
