@@ -132,7 +132,7 @@ def watch_runs(folders: list[Path], interval: float, once: bool, picture: Path |
     time. picture: an SVG file of what is seen at the start, written beside. UserError where a folder is not that of a run, or the file
     cannot be written."""
     runs = [WatchedRun(folder) for folder in folders]
-    console = Console()
+    console = plain_console()
     for run in runs:
         run.look()
     if picture is not None:
@@ -153,13 +153,19 @@ def watch_runs(folders: list[Path], interval: float, once: bool, picture: Path |
 
 def _write_picture(runs: list[WatchedRun], path: Path) -> None:
     """The view in a terminal wide enough for it, as SVG."""
-    console = Console(width=120 if len(runs) == 1 else 160, file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
+    wide = 120 if len(runs) == 1 else 160
+    console = plain_console(width=wide, file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
     console.print(view(runs))
     words = ["rdtrain watch", *(str(run.folder) for run in runs)]
     try:
         write_atomically(path, console.export_svg(title=" ".join(words)))
     except OSError as error:
         raise UserError(f"the picture {path} cannot be written ({error.strerror}): choose another --svg") from None
+
+
+def plain_console(**settings) -> Console:
+    """A console that shows names as they are: rich would take what stands in brackets or between colons for styles and pictures."""
+    return Console(markup=False, emoji=False, **settings)
 
 
 def view(runs: list[WatchedRun]) -> RenderableType:
@@ -198,7 +204,7 @@ def _page(run: WatchedRun) -> RenderableType:
         for label, values in zip(("gradient norm", "update / weight"), by_part):
             table.add_row(label, *(_number(values.get(part)) for part in by_part[0]))
         parts.append(table)
-    return Panel(Group(*parts), title=str(run.folder), title_align="left")
+    return Panel(Group(*parts), title=Text(str(run.folder)), title_align="left")
 
 
 def _numbers(run: WatchedRun) -> list[tuple[str, ...]]:
@@ -233,8 +239,8 @@ def _overview(runs: list[WatchedRun]) -> RenderableType:
     ]
     table = Table(box=box.SIMPLE, padding=0, show_edge=False)
     shown = [name for name in rows[0] if any(row[name] not in ("", "-") for row in rows)]
-    for name in shown:
-        table.add_column(name, justify="left" if name in ("run", "state", "NLL so far") else "right", no_wrap=True)
+    for name in shown:  # a long name of a run takes several lines, before a number loses its end
+        table.add_column(name, justify="left" if name in ("run", "state", "NLL so far") else "right", no_wrap=name != "run")
     for row in rows:
         table.add_row(*(row[name] for name in shown))
     return table

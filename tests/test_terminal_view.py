@@ -6,16 +6,15 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
 from rdtrain.config import load_config
 from rdtrain.metrics import read_metrics
-from rdtrain.terminal_view import WatchedRun, bars, view
+from rdtrain.terminal_view import WatchedRun, bars, plain_console, view
 from rdtrain.train import train
 
 
-def shown(*runs: WatchedRun) -> str:
-    console = Console(width=160, file=io.StringIO())
+def shown(*runs: WatchedRun, width: int = 160) -> str:
+    console = plain_console(width=width, file=io.StringIO())
     console.print(view(list(runs)))
     return console.file.getvalue()
 
@@ -58,6 +57,16 @@ def test_what_is_appended_later_is_read_and_a_continued_run_is_read_anew(finishe
         seconds = [json.loads(line)["step_seconds"] for line in lines[1:4]]
         assert run.seconds_left == pytest.approx(5 * sum(seconds) / 3)
         assert "running" in shown(run) and "left" in shown(run, run)
+
+
+def test_names_are_shown_as_they_are_and_take_no_room_from_numbers(finished):
+    folder = finished.rename(finished.with_name("[red]run"))
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(facts | {"name": "blocks [seed 0] [/] :x: and many more words of a long name"}))
+    run = WatchedRun(folder)
+    run.look()
+    assert "blocks [seed 0] [/] :x:" in shown(run, run) and "/[red]run " in shown(run)
+    assert "…" not in shown(run, run, width=80)
 
 
 def test_mfu_is_of_the_gpus_speed_on_paper():
