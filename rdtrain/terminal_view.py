@@ -30,6 +30,10 @@ from .tables import bytes_text
 BARS = " ▁▂▃▄▅▆▇█"
 CURVE = 60  # columns of a curve
 RECENT = 10  # records of which means are taken
+# What is shown of run.json, which may be of another version.
+NEEDED = (
+    "name", "objective", "total_steps", "parameters", "training_flops_per_token", "ranks", "machine", "device", "precision", "started",
+)
 
 
 @dataclass
@@ -45,11 +49,14 @@ class WatchedRun:
     def look(self) -> None:
         """Read what is new. UserError where the folder is not that of a run."""
         try:
-            self.facts = json.loads((self.folder / "run.json").read_text())
-        except (OSError, ValueError):
+            self.facts = dict(json.loads((self.folder / "run.json").read_text()))
+        except (OSError, ValueError, TypeError):
             raise UserError(
                 f"{self.folder} is not the folder of a run that has started (no run.json): give a run.folder, or wait while it compiles"
             ) from None
+        missing = [name for name in NEEDED if name not in self.facts]
+        if missing:
+            raise UserError(f"{self.folder}/run.json has no {', '.join(missing)}: watch the run with the version of rdtrain that wrote it")
         self.running = _locked(self.folder / ".lock")
         path = self.folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
@@ -61,8 +68,10 @@ class WatchedRun:
                 whole, newline, _ = file.read(size - self._read).rpartition(b"\n")  # the last line may be half written
             for line in whole.splitlines():
                 try:
-                    self.records.append(json.loads(line))
-                except ValueError:
+                    record = json.loads(line)
+                    record["step"]
+                    self.records.append(record)
+                except (ValueError, TypeError, KeyError):
                     raise UserError(f"a line of {path} is not a record of metrics: mend or remove that line") from None
             self._read += len(whole) + len(newline)
 

@@ -67,6 +67,15 @@ def arm(name: str, objective: str, *curve: tuple[float, float, float]) -> Arm:
     return Arm(**values | {"step_parts": None, "curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
 
 
+@pytest.mark.parametrize("file, name", [("run.json", "machine"), ("metrics.jsonl", "peak_memory_bytes")])
+def test_records_of_another_version_are_refused_by_what_they_lack(tiny_config, tmp_path, file, name):
+    assert train(load_config(tiny_config())) == 0
+    path = tmp_path / "run" / file
+    path.write_text(path.read_text().replace(f'"{name}"', '"other"'))
+    with pytest.raises(UserError, match=f"the records of .*run have no {name}: compare it with the version of rdtrain that wrote it"):
+        compare([tmp_path / "run"], tmp_path / "report")
+
+
 def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeypatch):
     slow = {f"slow, seed {seed}": arm(f"slow, seed {seed}", "truncated", (0, 0.0, 9.0), (2, end, nll))
             for seed, end, nll in ((1, 80.0, 4.3), (2, 100.0, 4.2))}

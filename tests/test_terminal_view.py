@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from rdtrain.config import load_config
+from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
 from rdtrain.terminal_view import WatchedRun, bars, plain_console, view
 from rdtrain.train import train
@@ -67,6 +68,20 @@ def test_names_are_shown_as_they_are_and_take_no_room_from_numbers(finished):
     run.look()
     assert "blocks [seed 0] [/] :x:" in shown(run, run) and "/[red]run " in shown(run)
     assert "…" not in shown(run, run, width=80)
+
+
+def test_records_that_are_none_and_those_of_another_version_are_refused(finished):
+    (finished / "metrics.jsonl").open("a").write('{"loss": 1.0}\n')
+    with pytest.raises(UserError, match="a line of .*metrics.jsonl is not a record of metrics"):
+        WatchedRun(finished).look()
+    facts = json.loads((finished / "run.json").read_text())
+    del facts["ranks"], facts["started"]
+    (finished / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="run.json has no ranks, started: watch the run with the version of rdtrain that wrote it"):
+        WatchedRun(finished).look()
+    (finished / "run.json").write_text("[1]")
+    with pytest.raises(UserError, match="is not the folder of a run that has started"):
+        WatchedRun(finished).look()
 
 
 def test_mfu_is_of_the_gpus_speed_on_paper():

@@ -45,7 +45,14 @@ class Arm:
 
 
 def read_arm(folder: Path) -> Arm:
-    """The run in a folder. UserError where there is none, or it has not been evaluated."""
+    """The run in a folder. UserError where there is none, it has not been evaluated, or its records are of another version."""
+    try:
+        return _read_arm(folder)
+    except KeyError as error:
+        raise UserError(f"the records of {folder} have no {error.args[0]}: compare it with the version of rdtrain that wrote it") from None
+
+
+def _read_arm(folder: Path) -> Arm:
     try:
         facts = json.loads((folder / "run.json").read_text())
         facts["tokens_per_step"]
