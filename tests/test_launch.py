@@ -21,6 +21,7 @@ CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 SRUN = """#!/usr/bin/env python3
 import os, subprocess, sys
 if "FAKE_SRUN_CODE" in os.environ:
+    print(*sys.argv[1:])
     sys.exit(int(os.environ["FAKE_SRUN_CODE"]))
 tasks = [
     subprocess.Popen(sys.argv[sys.argv.index("python"):], env=os.environ | {
@@ -177,7 +178,8 @@ def test_a_slurm_job_is_requeued_when_its_ranks_have_saved_before_the_end_and_on
     for code in ("0", "2", "137"):
         result, requeued = sbatch(tmp_path, FAKE_SRUN_CODE=code)
         assert result.returncode == int(code) and not requeued.exists()
-    result, requeued = sbatch(tmp_path, FAKE_SRUN_CODE="75", SLURM_JOB_ID="4711")
+    result, requeued = sbatch(tmp_path, FAKE_SRUN_CODE="75", SLURM_JOB_ID="4711", SLURM_CPUS_PER_TASK="6")
+    assert "--cpus-per-task=6 " in result.stdout  # which srun does not take over from the job by itself
     assert result.returncode == 75 and requeued.read_text() == "requeue 4711\n"
     directives = [line for line in (PROJECT / "launch/train.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --signal=USR1@120" in directives and "#SBATCH --requeue" in directives
