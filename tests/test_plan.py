@@ -45,6 +45,20 @@ def test_time_traffic_and_memory_are_those_of_the_formulas_and_the_dry_run(confi
     ).split()[:6]
 
 
+def test_a_drawn_depth_counts_as_deep_as_any_step_of_the_run_goes(config):
+    """However long the schedule, or --tokens, makes the run."""
+    drawn = override(config, ["objective.name=bptt", "objective.gradient=full", "objective.depth=poisson"])
+    per_step = 64 * 1024
+    flops = cost("full", drawn, VOCABULARY, cluster(1), per_step).flops_per_token * per_step
+    for_flops = override(drawn, ["schedule.steps=null", f"schedule.training_flops={500.5 * flops}"])
+    told = dry_run(for_flops, World(0, 1, 0, CUDA))[0]
+    peak = cost("full", for_flops, VOCABULARY, cluster(1), None).peak
+    assert f" {peak / 2**30:,.2f} GiB  at its peak" in told
+    assert peak == cost("full", override(drawn, ["schedule.steps=500"]), VOCABULARY, cluster(1), None).peak
+    assert peak == cost("full", drawn, VOCABULARY, cluster(1), 500.5 * per_step).peak
+    assert peak > 1.2 * cost("full", drawn, VOCABULARY, cluster(1), per_step).peak
+
+
 def test_checkpointing_takes_time_and_gives_memory(config):
     bptt = override(config, ["objective.name=bptt", "objective.gradient=full", "objective.depth=fixed"])
     plain, again = (cost("full", override(bptt, [f"objective.activation_checkpointing={on}"]), VOCABULARY, cluster(1), 1e9)
@@ -69,14 +83,14 @@ def test_what_is_proposed_fits(config, arm):
     large = override(config, ["model.width=16384", "model.heads=128", "model.mlp_width=49152"])
     kinds = set()
     for config, memory in [(config, memory) for memory in (2.6, 2.87, 4, 6, 9, 14, 40, 1000)] + [(large, 10)]:
-        found = cost(arm, config, VOCABULARY, cluster(4, memory=memory), 1e9)
+        found = cost(arm, config, VOCABULARY, cluster(4, memory=memory), None)
         if found.fits:
             assert found.change is None and found.largest_micro >= 16
             continue
         gpus, changes = (int(found.change[0].split()[0]), found.change[1:]) if "GPUs" in found.change[0] else (4, found.change)
         kinds |= {"GPUs"} if gpus > 4 else {change.partition("=")[0] for change in changes}
         changed = override(config, [word for change in changes for word in change.split()])
-        assert cost(arm, changed, VOCABULARY, cluster(gpus, memory=memory), 1e9).fits, (memory, found.change)
+        assert cost(arm, changed, VOCABULARY, cluster(gpus, memory=memory), None).fits, (memory, found.change)
     assert {"batch.micro_sequences", "objective.layer_checkpointing", "engine.name", "GPUs"} <= kinds
 
 
