@@ -59,6 +59,18 @@ def test_a_drawn_depth_counts_as_deep_as_any_step_of_the_run_goes(config):
     assert peak > 1.2 * cost("full", drawn, VOCABULARY, cluster(1), per_step).peak
 
 
+def test_rows_of_documents_train_the_tokens_that_they_have(tiny_config, tmp_path, rdtrain):
+    path = tiny_config(data={"rows": "documents", "sequence_length": 4096}, engine={"name": "torch"})
+    result = rdtrain("plan", path, "--gpus", 1, "--compare", "blocks", "--output", tmp_path / "plan.json")
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    told = dry_run(load_config(path), World(0, 1, 0, CUDA))[0]
+    found, config, filled = facts["costs"][0], facts["config"], facts["filled"]
+    assert filled < 1 and f"{filled:.1%} of them filled" in result.stdout
+    assert f"{found['flops_per_token']:.3e} a token" in told and f"{found['training_flops']:.3e} in all" in told
+    tokens = found["training_flops"] / found["flops_per_token"]
+    assert tokens == pytest.approx(config["schedule"]["steps"] * found["global_sequences"] * 4096 * filled)
+
+
 def test_checkpointing_takes_time_and_gives_memory(config):
     bptt = override(config, ["objective.name=bptt", "objective.gradient=full", "objective.depth=fixed"])
     plain, again = (cost("full", override(bptt, [f"objective.activation_checkpointing={on}"]), VOCABULARY, cluster(1), 1e9)

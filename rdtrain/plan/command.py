@@ -41,7 +41,10 @@ def add_plan(verbs) -> None:
         help="share of the speed on paper that is reached; `rdtrain bench` measures it, as HFU (0.4)",
     )
     parser.add_argument("--price", type=float, help="of a GPU for an hour, in any currency")
-    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary (that of the config's shards)")
+    parser.add_argument(
+        "--vocab-size", type=int,
+        help="tokens of the vocabulary (that of the config's shards); no shards are read then, and rows of documents are taken as full",
+    )
     parser.add_argument(
         "--reserve", type=float, default=4.0, metavar="GIB", help="memory of a GPU that tensors cannot have: CUDA, NCCL, gaps (4)"
     )
@@ -59,16 +62,16 @@ def _plan(arguments) -> None:
 
     _refuse_impossible(arguments)
     config = load_config(arguments.config, arguments.overrides)
-    vocab_size = arguments.vocab_size or _vocab_size(config)
+    vocab_size, filled = (arguments.vocab_size, 1.0) if arguments.vocab_size else _of_shards(config)
     gpu = next(gpu for gpu in GPUS if gpu.name == arguments.gpu)
     clusters = [Cluster(gpu, count, arguments.reserve, arguments.mfu, arguments.network) for count in arguments.gpus]
     arms = cases(config, arguments.compare, [])
-    costs = [cost(case.arm, case.config, vocab_size, cluster, arguments.tokens) for cluster in clusters for case in arms]
+    costs = [cost(case.arm, case.config, vocab_size, cluster, arguments.tokens, filled) for cluster in clusters for case in arms]
     if arguments.output is not None:
         options = {name: getattr(arguments, name) for name in ("tokens", "mfu", "price", "reserve", "network")}
-        facts = {"config": asdict(config), "vocab_size": vocab_size, "gpu": gpu._asdict(), **options}
+        facts = {"config": asdict(config), "vocab_size": vocab_size, "filled": filled, "gpu": gpu._asdict(), **options}
         write_atomically(arguments.output, json.dumps(facts | {"costs": [asdict(row) for row in costs]}, indent=1) + "\n")
-    print(report(costs, config, vocab_size, clusters[0], arguments.price))
+    print(report(costs, config, vocab_size, filled, clusters[0], arguments.price))
 
 
 def _refuse_impossible(arguments) -> None:
@@ -82,11 +85,13 @@ def _refuse_impossible(arguments) -> None:
         raise UserError(f"--reserve cannot be negative, and it is {arguments.reserve}: give GiB")
 
 
-def _vocab_size(config) -> int:
+def _of_shards(config) -> tuple[int, float]:
+    """Tokens of the vocabulary, and the share of a sequence's positions that train."""
     from ..data.mixture import open_loader
 
     data = config.data
     try:
-        return open_loader(data.train, data.mixture, data.rows, data.sequence_length, config.run.seed).reader.vocab_size
+        loader = open_loader(data.train, data.mixture, data.rows, data.sequence_length, config.run.seed)
     except UserError as error:
         raise UserError(f"the number of tokens in the vocabulary is not known, as {error}; or give --vocab-size") from None
+    return loader.reader.vocab_size, getattr(loader, "filled", 1.0)

@@ -88,12 +88,13 @@ class Cost:
 @dataclass
 class _Paper:
     """What follows from a config and a number of ranks: its pieces, that need no micro-batch. tokens: how many are trained on; None for as
-    many as the schedule says."""
+    many as the schedule says. filled: as of cost."""
 
     config: Config
     world: World
     tokens: float | None
     vocab_size: int
+    filled: float
 
     def __post_init__(self):
         self.objective, self.model = objective_and_model(self.config, self.world, self.vocab_size, bos_id=0)
@@ -101,10 +102,10 @@ class _Paper:
         self.parameters = parameters_by_part(on_paper)
         self.shares = Shares.of(on_paper, self.config, self.objective, self.world.size)
         length, schedule = self.config.data.sequence_length, self.config.schedule
-        self.flops_per_token = self.objective.training_flops(self.model, length)
-        tokens_per_step = self.config.batch.global_sequences * length
-        steps = schedule.steps or schedule.training_flops / self.flops_per_token / tokens_per_step
-        self.steps = max(1, int(steps if self.tokens is None else self.tokens / tokens_per_step))
+        self.flops_per_token = self.objective.training_flops(self.model, length) / self.filled
+        self.tokens_per_step = self.config.batch.global_sequences * length * self.filled
+        steps = schedule.steps or schedule.training_flops / self.flops_per_token / self.tokens_per_step
+        self.steps = max(1, int(steps if self.tokens is None else self.tokens / self.tokens_per_step))
 
     def memory(self, micro: int) -> tuple[Memory, int]:
         """Of a rank with micro-batches of so many sequences, and its peak."""
@@ -133,28 +134,29 @@ def batch_for(config: Config, gpus: int) -> tuple[Config, bool]:
     return with_batch(config, share * gpus, micro), bool(batch.global_sequences % gpus)
 
 
-def cost(arm: str, config: Config, vocab_size: int, cluster: Cluster, tokens: float | None) -> Cost:
-    """What a config costs on a cluster. tokens: how many are trained on; None for as many as the config's schedule says."""
+def cost(arm: str, config: Config, vocab_size: int, cluster: Cluster, tokens: float | None, filled: float = 1.0) -> Cost:
+    """What a config costs on a cluster. tokens: how many are trained on; None for as many as the config's schedule says. filled: the share
+    of a sequence's positions that train, which is less where rows are documents."""
     config, grown = batch_for(config, cluster.count)
     batch, world = config.batch, World(0, cluster.count, 0, CUDA)
     found = Cost(arm, cluster.count, batch.micro_sequences, batch.accumulation(cluster.count), batch.global_sequences, grown)
     try:
-        paper = _Paper(config, world, tokens, vocab_size)
+        paper = _Paper(config, world, tokens, vocab_size, filled)
     except UserError as error:
         found.refused = str(error)
         return found
     objective, length = paper.objective, config.data.sequence_length
     found.parameters = paper.parameters
     found.flops_per_token = paper.flops_per_token
-    found.recomputed_per_token = objective.recomputed_flops(paper.model, length)
+    found.recomputed_per_token = objective.recomputed_flops(paper.model, length) / filled
     found.memory, found.peak = paper.memory(batch.micro_sequences)
     found.fits = found.peak <= cluster.room
     found.largest_micro = paper.largest_micro(cluster.room)
     if not found.fits:
-        found.change = nearest_change(config, vocab_size, cluster, tokens, found.largest_micro)
+        found.change = nearest_change(paper, cluster, found.largest_micro)
     number = config.engine.dtype(CUDA).itemsize
     found.sent = step_traffic(paper.shares, config, objective, number, found.accumulation, cluster.count).bytes
-    tokens_per_step = batch.global_sequences * length
+    tokens_per_step = paper.tokens_per_step
     computing = tokens_per_step * (found.flops_per_token + found.recomputed_per_token) / (
         cluster.count * 1e12 * cluster.gpu.tflops * cluster.mfu
     )
@@ -168,20 +170,21 @@ def cost(arm: str, config: Config, vocab_size: int, cluster: Cluster, tokens: fl
     return found
 
 
-def nearest_change(config: Config, vocab_size: int, cluster: Cluster, tokens: float | None, largest_micro: int) -> list[str] | None:
+def nearest_change(paper: _Paper, cluster: Cluster, largest_micro: int) -> list[str] | None:
     """Overrides that make a config fit, the least of those that are known: a smaller micro-batch; else checkpointing, then sharding, then
     both, then offloading as well, each with the largest micro-batch that fits with it; else more GPUs. None where nothing is enough."""
     if largest_micro:
         return [f"batch.micro_sequences={largest_micro}"]
+    config = paper.config
     for changes in _changes(config, cluster.count):
-        micro = _largest_with(config, changes, vocab_size, tokens, cluster.count, cluster.room)
+        micro = _largest_with(paper, config, changes, cluster)
         if micro:
             return [*changes, *([f"batch.micro_sequences={micro}"] if micro < config.batch.micro_sequences else [])]
     count = 2 * cluster.count
     everything = [*([RECURRENT_CHECKPOINTING] if config.objective.name == "bptt" else []), _checkpointing(config)[-1], OFFLOAD]
     while count <= MOST_GPUS:
         more, _ = batch_for(config, count)
-        if micro := _largest_with(more, everything, vocab_size, tokens, count, cluster.room):
+        if micro := _largest_with(paper, more, everything, replace(cluster, count=count)):
             sequences = f"batch.global_sequences={more.batch.global_sequences}"
             return [f"{count} GPUs", *everything, *([sequences] if more.batch.global_sequences != config.batch.global_sequences else []),
                     f"batch.micro_sequences={micro}"]
@@ -214,11 +217,11 @@ def _changes(config: Config, gpus: int) -> Iterator[list[str]]:
             yield [*keep, *shard]
 
 
-def _largest_with(config: Config, changes: list[str], vocab_size: int, tokens: float | None, gpus: int, room: float) -> int:
+def _largest_with(paper: _Paper, config: Config, changes: list[str], cluster: Cluster) -> int:
     """The largest micro-batch that fits with these overrides, at most the config's own; 0 for none, or where they cannot be."""
     try:
         changed = override(config, [word for change in changes for word in change.split()])
-        paper = _Paper(changed, World(0, gpus, 0, CUDA), tokens, vocab_size)
+        paper = replace(paper, config=changed, world=World(0, cluster.count, 0, CUDA))
     except UserError:
         return 0
-    return min(paper.largest_micro(room), config.batch.micro_sequences)
+    return min(paper.largest_micro(cluster.room), config.batch.micro_sequences)

@@ -8,20 +8,22 @@ UNITS = ((86400, "days"), (3600, "hours"), (60, "min"), (1, "s"))
 NAMES = {"gathered": "weights of a pass", "messages": "buffers", "optimizer_state": "optimizer"}
 
 
-def report(costs: list[Cost], config: Config, vocab_size: int, cluster: Cluster, price: float | None) -> str:
-    """The tables and sentences. costs: of the arms in turn, for each number of GPUs; cluster: one of them, for what they share."""
+def report(costs: list[Cost], config: Config, vocab_size: int, filled: float, cluster: Cluster, price: float | None) -> str:
+    """The tables and sentences. costs: of the arms in turn, for each number of GPUs; cluster: one of them, for what they share. filled: the
+    share of a sequence's positions that train."""
     possible = [row for row in costs if row.refused is None]
-    parts = [_heading(config, vocab_size, cluster, price)]
+    parts = [_heading(config, vocab_size, filled, cluster, price)]
     if possible:
         parts += [_arms(possible), _table(costs, price), _memory(possible)]
     return "\n\n".join([*parts, *_sentences(costs, cluster)])
 
 
-def _heading(config: Config, vocab_size: int, cluster: Cluster, price: float | None) -> str:
+def _heading(config: Config, vocab_size: int, filled: float, cluster: Cluster, price: float | None) -> str:
     gpu, engine = cluster.gpu, config.engine
     sharded = f"deepspeed, ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else engine.name
+    padded = f", {filled:.1%} of them filled" if filled < 1 else ""
     lines = [
-        f"{config.run.name}: sequences of {config.data.sequence_length:,} tokens, a vocabulary of {vocab_size:,}, engine {sharded}",
+        f"{config.run.name}: sequences of {config.data.sequence_length:,} tokens{padded}, a vocabulary of {vocab_size:,}, engine {sharded}",
         f"{gpu.name}: {gpu.tflops:,.0f} TFLOP/s on paper, of which {cluster.mfu:.0%} is taken; {gpu.memory:g} GiB, of which "
         f"{gpu.memory - cluster.reserve:g} for tensors; it sends {gpu.link:,g} GB/s in a node of {gpu.per_node}, "
         f"{min(cluster.network, gpu.link):g} beyond" + (f"; {price:,.2f} an hour" if price else ""),
