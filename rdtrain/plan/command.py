@@ -11,7 +11,8 @@ DESCRIPTION = """\
 Says, by arithmetic alone, what a config would need and cost on so many GPUs of a kind, as denoising blocks and as
 backpropagation through time side by side: memory by kind, the largest micro-batch that fits, traffic, time and price;
 and where it does not fit, the nearest config that does. Nothing runs, and no GPU is needed. All arms train on as many
-tokens; what an arm learns of a token is another matter (docs/results/quality.md).
+tokens, or, where the config's schedule is training_flops and no --tokens are given, for as many FLOPs; what an arm
+learns of either is another matter (docs/results/quality.md).
 
   rdtrain plan configs/1b.yaml batch.global_sequences=1024 engine.name=deepspeed engine.compile=false \\
       --vocab-size 32768 --gpus 8 64 512 --tokens 1e11 --price 2.5
