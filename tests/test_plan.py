@@ -129,4 +129,5 @@ def test_the_command_writes_what_it_prints(tiny_config, tmp_path, rdtrain, refus
     ]
     assert facts["vocab_size"] == VOCABULARY and "10,000*" in result.stdout and "10,000, truncated" in result.stdout
     refused(rdtrain("plan", path, "--mfu", 40), "--mfu is a share of the speed on paper, and it is 40.0: give one in (0, 1]")
+    refused(rdtrain("plan", path, "--gpu", "l4", "--reserve", "inf"), "--reserve is a part of the GPU's 21.9 GiB, and it is inf")
     refused(rdtrain("plan", path, "data.train=nowhere"), "the number of tokens in the vocabulary is not known", "or give --vocab-size")

@@ -76,14 +76,17 @@ def _plan(arguments) -> None:
 
 
 def _refuse_impossible(arguments) -> None:
+    from ..hardware import GPUS
+
     for name, number in (("--tokens", arguments.tokens), ("--price", arguments.price), ("--network", arguments.network),
                          ("--vocab-size", arguments.vocab_size), ("--gpus", min(arguments.gpus))):
         if number is not None and not 0 < number < 1e30:
             raise UserError(f"{name} must be positive, and it is {number}: give what the run would have")
     if not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu is a share of the speed on paper, and it is {arguments.mfu}: give one in (0, 1], for example 0.4")
-    if not 0 <= arguments.reserve:
-        raise UserError(f"--reserve cannot be negative, and it is {arguments.reserve}: give GiB")
+    memory = next(gpu.memory for gpu in GPUS if gpu.name == arguments.gpu)
+    if not 0 <= arguments.reserve < memory:
+        raise UserError(f"--reserve is a part of the GPU's {memory:g} GiB, and it is {arguments.reserve}: give GiB in [0, {memory:g})")
 
 
 def _of_shards(config) -> tuple[int, float]:
