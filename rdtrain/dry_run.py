@@ -8,6 +8,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+from .checkpoint_storage import checkpoint_steps
 from .config import Config
 from .distributed import World
 from .errors import UserError
@@ -37,6 +38,7 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
     memory = rank_memory(shares, plan.model, config, plan.objective, world, plan.total_steps)
     traffic = step_traffic(shares, config, plan.objective, number, plan.accumulation, ranks)
     checkpoint = checkpoint_bytes(shares, config, number)
+    most = most_checkpoints(config, plan.total_steps)
     free = shutil.disk_usage(standing(Path(config.run.folder))).free
 
     engine = f"{config.engine.name}, ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else config.engine.name
@@ -65,23 +67,31 @@ def dry_run(config: Config, world: World) -> tuple[str, list[str]]:
           for field in fields(traffic) if getattr(traffic, field.name)),
         ("sent by a rank in a step", bytes_text(traffic.bytes), ""),
         None,
-        ("checkpoint", bytes_text(checkpoint), f"{config.checkpoint.keep} are kept, and one more while it is written"),
+        ("checkpoint", bytes_text(checkpoint), f"{most:,} at a time at the most, one of them still being written"),
         ("free where the run's folder is", bytes_text(free), ""),
     ]
-    return _table(rows), _refusals(config, checkpoint, free)
+    to_come = max(0, most - len(checkpoint_steps(Path(config.run.folder))))
+    return _table(rows), _refusals(config, to_come * checkpoint, free)
 
 
-def _refusals(config: Config, checkpoint: int, free: int) -> list[str]:
+def most_checkpoints(config: Config, steps: int) -> int:
+    """The most checkpoints that a run of so many steps has at a time: the newest, one that is being written, and those that stay."""
+    settings = config.checkpoint
+    for_ever = steps // settings.keep_every if settings.keep_every else 0
+    return min(-(-steps // settings.interval), settings.keep + 1 + for_ever)
+
+
+def _refusals(config: Config, needed: int, free: int) -> list[str]:
+    """needed: bytes of the checkpoints that are still to be written."""
     found = []
     try:
         refuse_unusable(config)
     except UserError as error:
         found.append(str(error))
-    needed = (config.checkpoint.keep + 1) * checkpoint
     if free < needed:
         found.append(
-            f"the checkpoints of {config.run.folder} need {bytes_text(needed)} and {bytes_text(free)} are free there: free some, lower "
-            "checkpoint.keep, or choose a run.folder on another disk"
+            f"the checkpoints to come of {config.run.folder} need {bytes_text(needed)} and {bytes_text(free)} are free there: free some, "
+            "lower checkpoint.keep, or choose a run.folder on another disk"
         )
     return found
 

@@ -4,13 +4,14 @@ import gc
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from rdtrain.activations import Passes, activation_bytes
-from rdtrain.config import load_config
+from rdtrain.config import config_to_yaml, load_config
 from rdtrain.distributed import World
 from rdtrain.dry_run import dry_run
 from rdtrain.errors import UserError
@@ -81,10 +82,33 @@ def test_a_folder_that_cannot_take_the_run_is_refused_beside_the_table(tiny_conf
     (tmp_path / "run").mkdir()
     (tmp_path / "run/letters.txt").write_text("dear")
     keep = 10**13
-    result = rdtrain("train", "--config", path, "--dry-run", f"checkpoint.keep={keep}")
-    refused(result, "exists and is not a run of rdtrain", "; the checkpoints of", "lower checkpoint.keep")
+    result = rdtrain("train", "--config", path, "--dry-run", f"checkpoint.keep={keep}", f"schedule.steps={keep}")
+    refused(result, "exists and is not a run of rdtrain", "; the checkpoints to come of", "lower checkpoint.keep")
     assert "steps" in table(result.stdout)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["letters.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "most"),
+    [
+        ({"interval": 2, "keep": 2}, [], 3),
+        ({"interval": 2, "keep": 9}, [], 4),  # as many as there will be
+        ({"interval": 8, "keep": 2}, [], 1),
+        ({"interval": 1, "keep": 1, "keep_every": 4}, [], 4),
+        ({"interval": 1, "keep": 1, "keep_every": 1}, [], 8),
+        ({"interval": 2, "keep": 2}, [2, 4], 3),
+    ],
+)
+def test_room_is_asked_for_checkpoints_that_are_still_to_come(tiny_config, tmp_path, monkeypatch, settings, there, most):
+    config, world = load_config(tiny_config(checkpoint=settings)), World(0, 1, 0, torch.device("cpu"))
+    for step in there:
+        (tmp_path / f"run/checkpoints/step-{step:08d}").mkdir(parents=True)
+        (tmp_path / "run/config.yaml").write_text(config_to_yaml(config))
+    monkeypatch.setattr("rdtrain.dry_run.checkpoint_bytes", lambda *_: 1000)
+    for free, refusals in ((1000 * (most - len(there)), 0), (1000 * (most - len(there)) - 1, 1)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        told, found = dry_run(config, world)
+        assert f"{most} at a time at the most" in told and len(found) == refusals, found
 
 
 def test_a_folder_that_cannot_be_written_is_refused_and_not_made(tmp_path, monkeypatch):
