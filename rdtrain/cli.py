@@ -239,8 +239,8 @@ def _add_watch(verbs) -> None:
 def _watch(arguments) -> None:
     from .terminal_view import watch_runs
 
-    if arguments.interval <= 0:
-        raise UserError(f"--interval must be positive, and it is {arguments.interval}: give seconds")
+    if not 0 < arguments.interval <= 86400:  # nor more than Python can wait, nor NaN
+        raise UserError(f"--interval must be above 0 and a day at the most, and it is {arguments.interval}: give seconds")
     watch_runs(arguments.runs, arguments.interval, arguments.once, arguments.svg)
 
 

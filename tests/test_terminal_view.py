@@ -38,6 +38,7 @@ def test_a_finished_run_is_shown_as_it_ended(finished, rdtrain, tmp_path, refuse
     drawn = "".join(ElementTree.parse(tmp_path / "view.svg").getroot().itertext()).replace("\xa0", " ")
     assert f"rdtrain watch {finished}" in drawn and "step 8 of 8" in drawn and "update / weight" in drawn
     refused(rdtrain("watch", finished, "--svg", tmp_path / "none/view.svg"), "cannot be written")
+    refused(rdtrain("watch", finished, "--interval", "nan"), "--interval must be above 0 and a day at the most, and it is nan")
     refused(rdtrain("watch", tmp_path), "is not the folder of a run that has started")
 
 
