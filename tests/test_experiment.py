@@ -66,6 +66,10 @@ def test_arms_get_the_same_budget_and_an_experiment_goes_on_where_it_stopped(exp
     calls.clear()
     assert run_experiment(path, output) == text and calls == ["train"] * 4  # which find that they are complete
     calls.clear()
+    for name in ("bench/bptt/bench.json", "evaluation.json"):
+        (output / name).write_text("")  # as after a power cut: it is made again
+    assert run_experiment(path, output) and calls == ["bench"] + ["train"] * 4 + ["evaluate"]
+    calls.clear()
     path = experiment(seeds=[3, 4], evaluate=["--sequences", "6", "--sequence-length", "16", "--skip", "samples"])
     assert "at most 6 sequences" in run_experiment(path, output) and calls == ["train"] * 4 + ["evaluate"]
 

@@ -147,7 +147,7 @@ def _measure(arm: str, config: Config, output: Path, experiment: Experiment) -> 
     folder = output / "bench" / folder_name(arm)
     file, known = folder / "bench.json", folder / "config.yaml"
     text = config_to_yaml(config)
-    if not (file.exists() and known.exists() and known.read_text() == text):
+    if _read(file) is None or not (known.exists() and known.read_text(errors="replace") == text):
         print(f"measuring a step of {arm}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
@@ -155,6 +155,14 @@ def _measure(arm: str, config: Config, output: Path, experiment: Experiment) -> 
         device = experiment.devices[:1]
         _call([*RDTRAIN, "bench", str(known), "--output", str(folder)], folder / "bench.log", device[0] if device else None)
     return json.loads(file.read_text())["measurements"][0]
+
+
+def _read(file: Path) -> object:
+    """What a JSON file holds; None where there is none, or one that cannot be read, as a machine that went down may leave it."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _for_budget(arm: str, config: Config, seed: int, experiment: Experiment, measured: dict, output: Path) -> Config:
@@ -246,7 +254,7 @@ def _evaluated(runs: list[Run], output: Path, experiment: Experiment) -> str:
     folder, known = output / "evaluation", output / "evaluation.json"
     words = ["evaluate", *(str(run.folder) for run in runs), "--shards", runs[0].config.data.validation, "--output", str(folder)]
     words += experiment.evaluate
-    if not (known.exists() and json.loads(known.read_text()) == words):
+    if _read(known) != words:
         print(f"evaluating {', '.join(run.config.run.name for run in runs)}", flush=True)
         device = (experiment.devices or [None])[0]
         _call([*RDTRAIN, *words, *(["--overwrite"] if folder.exists() else [])], output / "evaluation.log", device)
