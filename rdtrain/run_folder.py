@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -126,7 +127,7 @@ def start_facts(device: str) -> dict:
     """The command, time, machine, versions and commit of this start; device: `cuda` or `cpu`."""
     packages = ("rdtrain", "torch", "deepspeed", "transformers", "zarr", "sentencepiece")
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """`rdtrain compare EXPERIMENT.yaml`: from a file to a report, going on where it stopped. But in a slow test, what it calls runs in here."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -120,13 +121,16 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_runs(experiment, call
     assert not calls
 
 
-def test_a_run_that_fails_is_named_with_its_own_last_words(experiment, tmp_path):
+def test_a_run_that_fails_is_named_with_its_own_last_words(experiment, tmp_path, capsys):
     path = experiment(launcher=[sys.executable, "-c", "import sys; print('rdtrain: no luck: try again'); print('bye'); sys.exit(7)"])
     loaded = load_experiment(path)
     config = load_config(path.parent / loaded.config)
-    config.run.folder = str(tmp_path / "run")
-    with pytest.raises(UserError, match=r"ended with code 7 \(no luck: try again\): see .*run.log"):
+    config.run.folder = str(tmp_path / "a run")
+    with pytest.raises(UserError, match=r"ended with code 7 \(no luck: try again\): see .*run.log") as told:
         module._train_all([module.Run("a", True, config)], loaded)
+    for shown, words in ((capsys.readouterr().out, ["rdtrain", "watch", config.run.folder]),
+                         (str(told.value), [*loaded.launcher, "--config", f"{config.run.folder}.yaml"])):
+        assert shlex.split(shown.split("`")[1]) == words  # as a shell takes it, whatever is in a name
 
 
 def test_names_become_folders_and_texts_tables(tmp_path):

@@ -21,6 +21,7 @@ import io
 import json
 import os
 import queue
+import shlex
 import shutil
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def _train_all(runs: list[Run], experiment: Experiment) -> None:
         write_atomically(file, config_to_yaml(run.config))
         device = devices.get()
         try:
-            print(f"training {run.config.run.name}, see {log} or `rdtrain watch {run.folder}`", flush=True)
+            print(f"training {run.config.run.name}, see {log} or `{shlex.join(['rdtrain', 'watch', str(run.folder)])}`", flush=True)
             _call([*command, "--config", str(file)], log, device)
         finally:
             devices.put(device)
@@ -220,7 +221,7 @@ def _call(command: list[str], log: Path, device: str | None) -> None:
     if code:
         lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
         said = next((line for line in reversed(lines) if line.startswith("rdtrain: ")), lines[-1] if lines else "nothing was said")
-        raise UserError(f"`{' '.join(command)}` ended with code {code} ({said.removeprefix('rdtrain: ')}): see {log}, and start again")
+        raise UserError(f"`{shlex.join(command)}` ended with code {code} ({said.removeprefix('rdtrain: ')}): see {log}, and start again")
 
 
 def _step_table(measured: dict[str, dict], output: Path) -> str:
