@@ -168,9 +168,8 @@ def _start_wandb(folder: Path, settings: LoggingSettings, config: dict, name: st
             id=known.read_text().strip() if known.exists() else None, resume="allow", settings=wandb.Settings(console="off"),
         )
     except (wandb.errors.Error, OSError) as error:
-        raise UserError(
-            f"wandb could not start ({' '.join(str(error).split())}): run `wandb login`, or set logging.wandb=offline or disabled"
-        ) from None
+        mend = "correct that, run `wandb login`, or set logging.wandb=offline" if settings.wandb == "online" else "correct that"
+        raise UserError(f"wandb could not start ({' '.join(str(error).split())}): {mend}, or set logging.wandb=disabled") from None
     write_atomically(known, run.id + "\n")
     return run
 

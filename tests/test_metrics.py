@@ -135,6 +135,14 @@ def test_wandb_offline_writes_folders_that_hold_the_metrics_and_a_later_start_co
     assert starts == 2 * [(tmp_path / "run/wandb-id").read_text().strip()]  # one wandb run, of two starts
 
 
+def test_what_wandb_does_not_take_is_to_be_corrected_and_offline_asks_for_no_login(tmp_path):
+    world = World(0, 1, 0, torch.device("cpu"))
+    mends = {"offline": "correct that, or set", "online": "correct that, run `wandb login`, or set logging.wandb=offline, or set"}
+    for mode, mend in mends.items():
+        with pytest.raises(UserError, match=rf"wandb could not start \(.*a/b.*\): {mend} logging.wandb=disabled"):
+            MetricLogger(tmp_path, LoggingSettings(wandb=mode, wandb_project="a/b"), {}, "run", world, resume_step=0)
+
+
 def test_a_continued_run_continues_its_wandb_run(tmp_path, monkeypatch):
     import wandb
 
