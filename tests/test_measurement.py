@@ -66,6 +66,13 @@ def test_a_step_that_is_skipped_moves_nothing_and_one_that_is_not_measured_tells
     assert engine.measurement.pass_seconds() is None and not engine.measurement._squares
 
 
+def test_an_update_that_is_no_number_is_not_known_and_gradients_before_it_are(engine):
+    engine.measure_step()
+    engine.train_step(batches(0), 1e30)
+    found = engine.norms_by_part()
+    assert set(found["update_size_by_part"].values()) == {None} and found["gradient_norm_by_part"]["core"] > 0
+
+
 def test_passes_are_timed_where_they_train(engine, monkeypatch):
     passes = DiffusionBlocks.__call__
     monkeypatch.setattr(DiffusionBlocks, "__call__", lambda *arguments: time.sleep(0.1) or passes(*arguments))

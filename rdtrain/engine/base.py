@@ -190,7 +190,7 @@ class Engine(ABC):
             for part, row in zip(NAMES, self._over_ranks(squares).tolist()):
                 if part in parts:
                     gradients[part] = unclipped * math.sqrt(row[GRADIENT])
-                    if not skipped and row[WEIGHT]:
+                    if not skipped and row[WEIGHT] and math.isfinite(row[UPDATE] / row[WEIGHT]):  # weights of 1e20 have squares beyond fp32
                         updates[part] = math.sqrt(row[UPDATE] / row[WEIGHT])
         return {"gradient_norm_by_part": gradients, "update_size_by_part": updates}
 
