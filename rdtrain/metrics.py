@@ -59,9 +59,14 @@ class MetricLogger:
         if not world.is_main:
             return
         self._path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step] if self._path.exists() else []
-        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self._path.open("a")
+        try:
+            kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step] if self._path.exists() else []
+            write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+            self._file = self._path.open("a")
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be read or written ({error.strerror}): make it a file that can be, and start the same command again"
+            ) from error
         if settings.wandb != "disabled":
             self._wandb = _start_wandb(folder, settings, config, name)
         if settings.tensorboard:
@@ -107,7 +112,8 @@ def read_metrics(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            record["step"]
+            if not isinstance(record["step"], int):
+                raise TypeError
             records.append(record)
         except (ValueError, TypeError, KeyError):
             if number < len(lines):

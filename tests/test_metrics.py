@@ -29,6 +29,17 @@ def test_means_weigh_every_count_alike_leave_skipped_steps_out_and_start_anew():
     assert sums.means(world) == {}
 
 
+def test_a_metrics_file_that_cannot_be_read_or_holds_other_lines_is_one_sentence(tmp_path):
+    path, world = tmp_path / "metrics.jsonl", World(0, 1, 0, torch.device("cpu"))
+    path.write_text('{"step": "one"}\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 1 of .* is not a record of metrics"):
+        MetricLogger(tmp_path, LoggingSettings(), {}, "run", world, resume_step=2)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read or written \(Is a directory\)"):
+        MetricLogger(tmp_path, LoggingSettings(), {}, "run", world, resume_step=2)
+
+
 def test_the_slowest_rank_is_told_by_every_ranks_own_time(monkeypatch):
     def at_rank_2(own: list[float]) -> dict:
         monkeypatch.setattr(World, "sum", lambda self, tensor: tensor + torch.tensor(own[:2] + [0.0] + own[3:], dtype=tensor.dtype))
