@@ -75,11 +75,11 @@ def _sentencepiece(file: Path, content: bytes, bos: str | None, eos: str | None,
     changes = b""
     if turned_off:
         changes += _field(3, _field(1, b"identity") + _field(2, b"") + _number(3, 0) + _number(4, 0))  # normalizer_spec
-    for number, name in ((46, bos), (47, eos)):  # trainer_spec: bos_piece, eos_piece
+    for number, option, name in ((46, "bos", bos), (47, "eos", eos)):  # trainer_spec: bos_piece, eos_piece
         if name is not None:
             if not processor.is_control(processor.piece_to_id(name)):
                 names = [processor.id_to_piece(token) for token in range(processor.vocab_size()) if processor.is_control(token)]
-                raise UserError(_no_mark(file, name, names))
+                raise UserError(_no_mark(file, name, names, option))
             changes += _field(2, _field(number, name.encode()))
     if missing := -processor.vocab_size() % multiple_of:
         changes += b"".join(_field(1, _field(1, UNUSED.format(number).encode()) + _number(3, CONTROL)) for number in range(missing))
@@ -168,9 +168,9 @@ def _named_marks(file: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _no_mark(file: Path, name: str | None, names: list[str], option: str = "") -> str:
+def _no_mark(file: Path, name: str | None, names: list[str], option: str) -> str:
     known = f"one of its special tokens, such as {', '.join(names[:4])}" if names else "a tokenizer with special tokens"
+    which = {"bos": "beginning", "eos": "end"}[option]
     if name is None:
-        which = {"bos": "beginning", "eos": "end"}[option]
         return f"{file} names no token that marks the {which} of a document; give --{option} {known}"
-    return f"{file} has no special token {name!r} to mark the end of a document; give {known}"
+    return f"{file} has no special token {name!r} to mark the {which} of a document; give {known}"

@@ -157,7 +157,7 @@ def test_tokenizers_that_cannot_be_imported_are_refused_in_one_sentence(byte_lev
 
     assert "names no token that marks the beginning of a document; give --bos one of its special tokens, such as <|begin|>" in refusal(
         lambda tree: None, None)
-    assert "has no special token '<s>'" in refusal(lambda tree: None, "<s>")
+    assert "has no special token '<s>' to mark the beginning of" in refusal(lambda tree: None, "<s>")
     assert "the text ' the' becomes as well" in refusal(lambda tree: None, "\u0120the", "<|end|>")
     assert "it is not byte-level BPE" in refusal(lambda tree: tree.update(decoder={"type": "ByteFallback"}))
     assert "no pieces for some bytes" in refusal(lambda tree: tree["model"]["vocab"].pop("\u0142") and tree["model"].update(merges=[]))
@@ -172,7 +172,7 @@ def test_tokenizers_that_cannot_be_imported_are_refused_in_one_sentence(byte_lev
     (tmp_path / "tokenizer.model").write_bytes(train_model(texts, byte_fallback=False))
     assert "holds both tokenizer.model and tokenizer.json; give one" in fault(lambda: import_tokenizer(tmp_path, tmp_path / "out"))
     assert "no pieces for single bytes" in fault(lambda: import_tokenizer(tmp_path / "tokenizer.model", tmp_path / "out"))
-    assert "give one of its special tokens, such as <s>, </s>" in fault(
+    assert "to mark the beginning of a document; give one of its special tokens, such as <s>, </s>" in fault(
         lambda: import_tokenizer(tmp_path / "tokenizer.model", tmp_path / "out", bos="the"))
     with pytest.raises(ValueError, match="does not say which tokens mark the ends .*`rdtrain tokenizer import"):
         Tokenizer(byte_level_folder)
