@@ -44,7 +44,7 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
     """Export a checkpoint folder, or the newest checkpoint of a run folder.
 
     shard_bytes: how large a file of weights may become before another is begun.
-    Raises UserError when there is no checkpoint, when it is damaged, or when `output` exists and overwrite is not set.
+    Raises UserError when there is no checkpoint, when it is damaged or has diverged, or when `output` exists and overwrite is not set.
     """
     source = newest_checkpoint(source)
     state = read_state(source)
@@ -57,7 +57,7 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
         (folder / "README.md").write_text(_model_card(config, state, tokenizer_file(folder), _held_out(source, state["step"])))
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
-        _verify(folder, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
+        _verify(folder, source, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
     tried = "and its class for transformers the same tokens" if transformers_5() else "and transformers 5 is not here to try its class"
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit, {tried}")
 
@@ -144,13 +144,21 @@ def transformers_5() -> bool:
         return False
 
 
-def _verify(folder: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedule, objective: Objective) -> None:
-    """AssertionError when the folder's own code and files do not compute what the training model does: logits and a continuation."""
+def _verify(folder: Path, source: Path, model: recurrent.RecurrentDepthLM, noise: NoiseSchedule, objective: Objective) -> None:
+    """AssertionError when the folder's own code and files do not compute what the training model does: logits and a continuation.
+
+    UserError when the training model, of the checkpoint `source`, computes NaN, which equals nothing.
+    """
     theirs = load_exported(folder)
     exported = theirs.TextGenerator.load(folder, device="cpu")
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = [objective.next_token_logits(one, ids, SampleRandom(0, range(2), ids.device)) for one in (model, exported.model)]
+    if logits[0].isnan().any():
+        raise UserError(
+            f"the model of {source} computes NaN in place of logits, as its training has diverged: export an earlier checkpoint, or "
+            "train again with a lower optimizer.learning_rate"
+        )
     assert torch.equal(*logits), f"the exported model in {folder} computes other logits than the training model"
     iterations = max(2, model.config.blocks)  # so that every block runs
     continuations = [

@@ -13,6 +13,7 @@ import torch
 from rdtrain import export as export_module
 from rdtrain.checkpoint import load_weights
 from rdtrain.config import load_config
+from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
 from rdtrain.model.information import InformationCurve
 from rdtrain.model.noise import NoiseSchedule
@@ -96,7 +97,7 @@ def test_rounding_in_bf16_is_no_difference_of_the_class_for_transformers(exporte
         folder = tmp_path / str(seed)
         folder.mkdir()
         export_module.write_folder(folder, config, model.bfloat16(), exported / "tokenizer.model")
-        export_module._verify(folder, model, noise, objective)
+        export_module._verify(folder, folder, model, noise, objective)
 
 
 def test_it_generates_text_where_rdtrain_cannot_be_imported(exported, alone):
@@ -168,6 +169,13 @@ def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, t
         assert schedule.levels(4) != NoiseSchedule(config.noise, InformationCurve.expected(0.002, 80.0)).levels(4)
     result = alone(tmp_path / "model", "--prompt", "A", "--max-new-tokens", "4", "--iterations", "7")
     assert result.returncode == 0 and "K = 7" in result.stderr, result.stderr
+
+
+def test_a_model_that_has_diverged_is_refused(tiny_config, tmp_path):
+    assert train(load_config(tiny_config(optimizer={"learning_rate": 1e30}, schedule={"steps": 2}))) == 0
+    with pytest.raises(UserError, match="step-00000002 computes NaN in place of logits"):
+        export_module.export(tmp_path / "run", tmp_path / "diverged")
+    assert not list(tmp_path.glob("*diverged*"))
 
 
 @pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)
