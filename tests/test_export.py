@@ -212,6 +212,11 @@ def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported,
             load(exported, "cpu")
     (exported / "config.json").write_text(json.dumps(config))
     weights = exported / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    result = alone(exported, "--prompt", "A")
+    assert result.returncode == 1 and "(model.safetensors has changed since it was written, by its checksum)" in result.stderr
     os.truncate(weights, weights.stat().st_size // 2)
     result = alone(exported, "--prompt", "A")
     assert result.returncode == 1 and "is not a whole exported model" in result.stderr and "Traceback" not in result.stderr

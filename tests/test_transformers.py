@@ -456,6 +456,11 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path)
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
 
+    def flipped(folder):
+        content = bytearray((folder / weights).read_bytes())
+        content[-1] ^= 1
+        (folder / weights).write_bytes(content)
+
     def described(**changes):
         return lambda folder: settings(folder, model=asdict(denoiser[0].config) | changes)
 
@@ -463,6 +468,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, tmp_path)
     for words, load_it, change in (
         ("are not those of its config.json, beginning with .*final_norm", load, without_a_weight),
         ("are not whole", load, lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-500])),
+        ("are not whole .*model.safetensors has changed since it was written", load, flipped),
         ("are not whole", load, pickled),
         ("are not of the shapes", load, described(mlp_width=64)),
         ("heads must be at least 1", AutoConfig.from_pretrained, described(heads=0)),

@@ -32,6 +32,7 @@ from .sampling import Sampling
 from .solvers import euler_step
 from .text_random import STATE, PositionRandom, TextRandom, row_seeds
 from .transformers_arguments import CHAIN_SETTINGS, drawing_settings, mean_loss, padding_columns, seed_list
+from .weights import read_file, weight_files
 
 # Drawn outside of compiled code: a C++ compiler takes whole numbers never to overflow, as these do, and so computes others (torch 2.13).
 # Here, and not where they are defined, as torch's own compiler takes time to load and nothing else compiles them.
@@ -101,14 +102,18 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
         ValueError, in one sentence, for weights that are not whole, or not all of this model's.
         """
+        folder = Path(pretrained_model_name_or_path, settings.get("subfolder", ""))
+        try:
+            for path in weight_files(folder) if folder.is_dir() else ():
+                read_file(path)  # for its checksum, which transformers knows nothing of
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ValueError(_not_whole(folder, error)) from None
         try:
             model, found = super().from_pretrained(
                 pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings | {"use_safetensors": True}
             )
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} are not whole ({first_line(error)}): export the model again"
-            ) from None
+            raise ValueError(_not_whole(pretrained_model_name_or_path, error)) from None
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
@@ -371,3 +376,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 def _check_kind(cache) -> None:
     if not isinstance(cache, RecurrentDepthCache):
         raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
+
+
+def _not_whole(folder, error: Exception) -> str:
+    return f"the weights in {folder} are not whole ({first_line(error)}): export the model again"

@@ -1,13 +1,16 @@
 """The weights of an exported folder: one safetensors file, or several and an index, as Hugging Face transformers names them.
 
-A tied weight is one tensor here, as it is in the model.
+A tied weight is one tensor here, as it is in the model. The header of each file has the checksum of its tensors, among what safetensors
+calls metadata, which transformers leaves out of files that it writes: those are taken as they are.
 """
 
 import json
+import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,7 +28,7 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, shard_bytes: float) 
         room -= tensor.nbytes
     names = [WHOLE] if len(shards) == 1 else [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, {"format": "pt"})
+        save_file(shard, folder / name, {"format": "pt", "crc32": checksum(shard)})
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
@@ -42,6 +45,24 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / Path(name).name for name in names]
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors by name. Errors as `weight_files` and safetensors have them."""
-    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors by name. Errors as `weight_files` and `read_file` have them."""
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_file(path).items()}
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by name. ValueError where they are not those that were written; else errors as safetensors has them."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        written = (file.metadata() or {}).get("crc32")
+    if written not in (None, checksum(tensors)):
+        raise ValueError(f"{path.name} has changed since it was written, by its checksum")
+    return tensors
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of the bytes of contiguous tensors on the CPU, one after another by name: eight hexadecimal digits."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
