@@ -88,7 +88,8 @@ class Evaluator:
     def __call__(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """{"validation_nll": nats per token, "validation_bits_per_byte": ...}. A collective call.
 
-        stop: asked after each micro-batch whether to leave off, which all ranks must answer alike; None is returned then.
+        stop: asked after each micro-batch whether to leave off, which all ranks must answer alike; None is returned then. UserError where
+        the likelihood is not finite, so that no such weights are saved as a run's last.
         """
         device = self._world.device
         total, counted = torch.zeros(2, dtype=torch.float64, device=device), self._counted
@@ -101,6 +102,11 @@ class Evaluator:
                     return None
         nll_sum, count = self._world.sum(total).tolist()
         nll = nll_sum / count
+        if not math.isfinite(nll):
+            raise UserError(
+                f"the held-out NLL is {nll}, as training has diverged: lower optimizer.learning_rate or set optimizer.gradient_clipping in "
+                "a new run.folder"
+            )
         return {"validation_nll": nll, "validation_bits_per_byte": nll / math.log(2) / self._bytes_per_token}
 
     def _read(self, batch: int) -> tuple[list[int], Tensor]:

@@ -172,8 +172,11 @@ def test_the_noise_levels_that_were_trained_travel_with_the_model(tiny_config, t
 
 
 def test_a_model_that_has_diverged_is_refused(tiny_config, tmp_path):
-    assert train(load_config(tiny_config(optimizer={"learning_rate": 1e30}, schedule={"steps": 2}))) == 0
-    with pytest.raises(UserError, match="step-00000002 computes NaN in place of logits"):
+    config = tiny_config(optimizer={"learning_rate": 1e30}, schedule={"steps": 3}, checkpoint={"interval": 1}, evaluation={"interval": 9})
+    with pytest.raises(UserError, match="^the held-out NLL is nan, as training has diverged"):
+        train(load_config(config))
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="step-00000001 computes NaN in place of logits"):
         export_module.export(tmp_path / "run", tmp_path / "diverged")
     assert not list(tmp_path.glob("*diverged*"))
 
