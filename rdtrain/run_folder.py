@@ -62,8 +62,7 @@ def claimed(config: Config, world: World, wait_seconds: float = 45) -> Iterator[
                         f"another process is training in {folder}: wait for it to end, or choose another run.folder"
                     ) from None
                 time.sleep(0.5)
-        if recorded.exists():  # looked at under the lock: two starts at once must not mix their configs
-            _refuse_other_config(recorded, config)
+        refuse_unusable(config)  # again, under the lock: two starts at once must not mix their configs
         write_atomically(recorded, config_to_yaml(config))
         yield folder
 
@@ -73,9 +72,14 @@ def refuse_unusable(config: Config) -> None:
     folder = Path(config.run.folder)
     recorded = folder / "config.yaml"
     try:
-        if recorded.exists():
+        if recorded.exists() and recorded.stat().st_size:
             _refuse_other_config(recorded, config)
-        elif folder.exists() and any(path.name not in (".lock", "config.yaml.tmp") for path in folder.iterdir()):
+        elif (folder / "checkpoints").exists():
+            raise UserError(
+                f"{folder} has checkpoints, and its config.yaml is missing or empty: put it back (`config` in a checkpoint's state.json is "
+                "what it was), or choose another run.folder"
+            )
+        elif folder.exists() and any(path.name not in (".lock", "config.yaml", "config.yaml.tmp") for path in folder.iterdir()):
             raise UserError(f"the output folder {folder} exists and is not a run of rdtrain: choose another run.folder or empty it")
     except OSError as error:  # it is a file, or its name is too long
         raise _unwritable(folder, error.strerror) from None

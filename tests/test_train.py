@@ -219,6 +219,17 @@ def test_another_config_in_the_same_folder_is_refused(tiny_config, rdtrain, refu
     refused(rdtrain("train", "--config", config, "model.width=64"), "model.width=32", "64", "run.folder")
 
 
+@pytest.mark.parametrize("lost", [lambda file: file.unlink(), lambda file: file.write_text("")])
+def test_a_run_whose_config_is_lost_is_kept_until_it_is_put_back(tiny_config, tmp_path, rdtrain, refused, lost):
+    config, recorded = tiny_config(), tmp_path / "run/config.yaml"
+    assert rdtrain("train", "--config", config).returncode == 0
+    lost(recorded)
+    refused(rdtrain("train", "--config", config), "has checkpoints, and its config.yaml is missing or empty", "state.json")
+    state = json.loads((tmp_path / "run/checkpoints/step-00000008/state.json").read_text())
+    recorded.write_text(json.dumps(state["config"]))
+    assert "is complete at step 8" in rdtrain("train", "--config", config).stdout
+
+
 def test_a_folder_that_holds_something_else_is_refused(tiny_config, tmp_path, rdtrain, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/letters.txt").write_text("dear")

@@ -69,7 +69,10 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a small text file, in UTF-8 everywhere, under a temporary name and rename it. UserError when the disk refuses."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a machine that goes down could else leave an empty file under the name
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
