@@ -102,12 +102,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
         ValueError, in one sentence, for weights that are not whole, or not all of this model's.
         """
-        folder = Path(pretrained_model_name_or_path, settings.get("subfolder", ""))
-        try:
-            for path in weight_files(folder) if folder.is_dir() else ():
-                read_file(path)  # for its checksum, which transformers knows nothing of
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ValueError(_not_whole(folder, error)) from None
+        if pretrained_model_name_or_path is not None:
+            _refuse_changed_weights(Path(pretrained_model_name_or_path, settings.get("subfolder") or ""))
         try:
             model, found = super().from_pretrained(
                 pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings | {"use_safetensors": True}
@@ -376,6 +372,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 def _check_kind(cache) -> None:
     if not isinstance(cache, RecurrentDepthCache):
         raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
+
+
+def _refuse_changed_weights(folder: Path) -> None:
+    """ValueError where weights are not those that were written, by the checksums, which transformers knows nothing of."""
+    try:
+        for path in weight_files(folder):
+            if path.exists():  # transformers says what is missing
+                read_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(_not_whole(folder, error)) from None
 
 
 def _not_whole(folder, error: Exception) -> str:
