@@ -15,11 +15,10 @@ def test_a_refusal_names_the_mend_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"nowhere/a.json cannot be written \(No such file .*make its folder one that is there"):
         write_atomically(tmp_path / "nowhere/a.json", "{}")
 
-    def full(self, text, encoding):
-        self.touch()
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="free some disk space"):
         write_atomically(tmp_path / "a.json", "{}")
     assert not list(tmp_path.iterdir())
