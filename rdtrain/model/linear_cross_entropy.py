@@ -43,6 +43,7 @@ def part_gradients(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tens
     product = F.linear(hidden, table)
     # Looked up in the products: compiled code would write all logits in fp32 to look it up there.
     sought, logits = product.gather(-1, targets).float(), product.float()
+    del product  # it would be there beside the evidence's
     if evidence is not None:
         seen = F.linear(evidence, table)
         sought += seen.gather(-1, targets).float() * inverse_lengths[targets]
