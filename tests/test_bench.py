@@ -210,6 +210,28 @@ def test_a_budget_leaves_measurements_to_the_next_start(config, tmp_path, on_cpu
         BenchSettings(EFFORT, budget=1)
 
 
+def test_what_a_folder_holds_stays_there_whatever_becomes_of_a_resumed_comparison(config, tmp_path, on_cpu, monkeypatch):
+    def values():
+        return [row["value"] for row in json.loads((tmp_path / "out/bench.json").read_text())["measurements"]]
+
+    def resumed(sweep, made):
+        monkeypatch.setattr(command, "measure", made)
+        return bench(config, BenchSettings(EFFORT, ["blocks"], [sweep], vocab_size=300, output=tmp_path / "out", resume=True))
+
+    def ended(*arguments):
+        raise RuntimeError("the device is gone")
+
+    measured = command.measure
+    resumed("model.iterations=1,4", measured)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        resumed("model.iterations=1,2,4", ended)
+    assert values() == ["1", "4"]
+    resumed("model.iterations=2", measured)
+    assert values() == ["2", "1", "4"]
+    text = resumed("model.iterations=1,2,4", ended)
+    assert values() == ["1", "2", "4"] and "iterations=4" in text
+
+
 def test_peaks_are_of_the_right_device():
     assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA GH200 480GB") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA H200 NVL") == peak_flops("NVIDIA H100 NVL") == 835.5e12

@@ -79,7 +79,8 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
         rows.append(before[0] if before else _measure_or_run_out(case, row, world, effort))
         made += not before
         if settings.output is not None and world.is_main:
-            done = {"complete": len(rows) == len(planned), "measurements": [asdict(row) for row in rows]}
+            others = [other for other in kept if other not in rows]  # whose turn comes later, or which are of another comparison
+            done = {"complete": len(rows) == len(planned), "measurements": [asdict(row) for row in [*rows, *others]]}
             write_atomically(settings.output / "bench.json", json.dumps(report | done, indent=1) + "\n")
     leave()
     if not world.is_main:
