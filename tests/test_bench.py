@@ -14,7 +14,7 @@ import rdtrain.bench.command as command
 from rdtrain.bench.arms import cases
 from rdtrain.bench.command import BenchSettings, bench
 from rdtrain.bench.measure import Effort, _fill_in_rates, on_paper, step_flops
-from rdtrain.bench.report import tables
+from rdtrain.bench.report import Point, plot_sweep, tables
 from rdtrain.bench.stages import collect, page, plot_stages
 from rdtrain.bench.trace import covered, lengths
 from rdtrain.config import load_config, override
@@ -168,6 +168,16 @@ def test_what_is_said_below_the_tables_is_of_all_rows(config):
     assert "bfloat16, attention by SDPA cudnn; bfloat16, attention by SDPA efficient." in text and "shares of 989.4 TFLOP/s" in text
     assert "blocks, model.iterations=6: out of memory: no room" in text and "not finite: blocks, model.iterations=6." in text
     assert "MFU and HFU" not in tables([none], None)
+
+
+def test_a_plot_that_the_disk_refuses_is_one_sentence(tmp_path):
+    points = [Point("blocks", "1", 1e-6, 2e9), Point("blocks", "2", None, None)]
+    plot_sweep(points, "model.iterations", tmp_path / "whole.png")
+    assert (tmp_path / "whole.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match="folder.png cannot be written .*start the same command again"):
+        plot_sweep(points, "model.iterations", tmp_path / "folder.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.png", "folder.png"}
 
 
 def test_baselines_of_a_config_keep_all_but_its_objective(config):

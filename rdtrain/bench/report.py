@@ -1,8 +1,10 @@
 """Measurements as people read them: two tables, the costliest kernels, and a plot of a sweep."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.output import write_atomically
 from ..tables import bytes_text, columns
 from .measure import Measurement
 
@@ -143,7 +145,8 @@ def point_of(row: Measurement) -> Point:
 
 
 def plot_sweep(points: list[Point], swept: str, path: Path) -> None:
-    """Write a PNG: time a token and peak memory against the swept quantity, a line for each arm; a cross where memory ran out."""
+    """Write a PNG: time a token and peak memory against the swept quantity, a line for each arm; a cross where memory ran out. UserError
+    when the disk refuses."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,7 +177,7 @@ def plot_sweep(points: list[Point], swept: str, path: Path) -> None:
         axes.set(xlabel=swept, ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     all_axes[0].legend()
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
     pyplot.close(figure)
-    temporary.replace(path)
+    write_atomically(path, picture.getvalue())

@@ -65,12 +65,12 @@ def report_folder(output: Path) -> Path:
     return output
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file, in UTF-8 everywhere, under a temporary name and rename it. UserError when the disk refuses."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file, text in UTF-8 everywhere, under a temporary name and rename it. UserError when the disk refuses."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # a machine that goes down could else leave an empty file under the name
         os.replace(temporary, path)
