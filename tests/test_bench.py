@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,10 @@ def test_arms_one_after_another_with_their_memory_and_one_that_does_not_fit(conf
         bench(config, dataclasses.replace(settings, resume=True, effort=Effort(warmup=1, steps=4)))
     with pytest.raises(UserError, match="with other options"):
         bench(override(config, ["noise.level_per=token"]), dataclasses.replace(settings, resume=True))
+    (tmp_path / "folder/bench.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"bench.json cannot be read \(Is a directory\)"):
+        bench(config, dataclasses.replace(settings, resume=True, output=tmp_path / "folder"))
+    (tmp_path / "folder/bench.json").rmdir()
     (tmp_path / "out/bench.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read .*: remove it, and measure that stage again"):
         collect(tmp_path)
@@ -156,6 +161,14 @@ def test_shards_that_a_case_cannot_read_are_refused_before_the_first_runs(tiny_c
     monkeypatch.setattr(command, "measure", lambda *arguments: pytest.fail("a case has run"))
     with pytest.raises(UserError, match="fewer than one window of 99999999"):
         bench(load_config(tiny_config()), BenchSettings(Effort(shards=True), sweep=["data.sequence_length=16,99999999"]))
+
+
+@pytest.mark.parametrize("option", ["output", "profile"])
+def test_a_folder_that_takes_no_file_is_refused_before_the_first_runs(option, config, on_cpu, monkeypatch):
+    monkeypatch.setattr(command, "measure", lambda *arguments: pytest.fail("a case has run"))
+    effort = dataclasses.replace(EFFORT, profile=Path("/proc") if option == "profile" else None)
+    with pytest.raises(UserError, match=f"cannot be written to /proc .*: choose another --{option}"):
+        bench(config, BenchSettings(effort, vocab_size=300, output=Path("/proc") if option == "output" else None))
 
 
 def test_what_is_said_below_the_tables_is_of_all_rows(config):

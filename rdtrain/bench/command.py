@@ -14,7 +14,7 @@ import torch
 
 from ..config import Config
 from ..data.mixture import open_loader
-from ..data.output import write_atomically
+from ..data.output import report_folder, write_atomically
 from ..data.shards import ShardReader
 from ..distributed import World, leave
 from ..errors import UserError, first_line, out_of_memory
@@ -66,11 +66,9 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     settled = {name: asdict(getattr(config, name)) for name in ("data", "noise", "optimizer")}  # what no row has of its own
     del settled["data"]["sequence_length"]
     report = {"facts": start_facts(world.device.type), **options, "settings": json.loads(json.dumps(settled))}
-    try:
-        for folder in filter(None, (settings.output, effort.profile)):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {error.filename} cannot be made ({error.strerror}): choose another --output or --profile") from None
+    for folder, held, option in ((settings.output, "measurements", "--output"), (effort.profile, "traces", "--profile")):
+        if folder is not None:
+            report_folder(folder, held, option)
     kept, rows, made = _kept(settings, report) if settings.resume else [], [], 0
     for case, row in zip(planned, known, strict=True):
         before = [other for other in kept if _same(other, row)]
@@ -131,6 +129,8 @@ def _kept(settings: BenchSettings, report: dict) -> list[Measurement]:
         facts = before["facts"]
         same = all(facts[name] == report["facts"][name] for name in ("machine", "versions"))
         same = same and all(before[name] == report[name] for name in report if name != "facts")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or choose another --output") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not what this version of rdtrain bench writes: remove it, or choose another --output") from None
     if not same:

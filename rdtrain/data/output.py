@@ -55,13 +55,16 @@ def output_folder(output: Path, marker: str, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def report_folder(output: Path) -> Path:
-    """The folder `output`, made if need be. UserError where no file can be written there, before the work whose report it is to hold."""
+def report_folder(output: Path, held: str = "the report", option: str = "--output") -> Path:
+    """The folder `output`, made if need be. UserError where no file can be written there, before the work whose report it is to hold.
+
+    held: what it is to hold instead; option: by which it is chosen.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=output).close()
     except OSError as error:
-        raise UserError(f"the report cannot be written to {output} ({error.strerror}): choose another --output") from None
+        raise UserError(f"{held} cannot be written to {output} ({error.strerror}): choose another {option}") from None
     return output
 
 
