@@ -79,8 +79,13 @@ def test_arms_one_after_another_with_their_memory_and_one_that_does_not_fit(conf
     assert of_arm["blocks"][1] == "8 x 16" and of_arm["blocks"][6] == "-"
     assert float(of_arm["blocks"][2]) == pytest.approx(1e3 * blocks["step_seconds"]["median"], abs=0.06)
 
+    first = {row["commit"] for row in collect(tmp_path)}
+    later = report["facts"] | {"commit": "a later one", "started": "2099-01-01T00:00:00+0000"}
+    monkeypatch.setattr(command, "start_facts", lambda device: later)
     monkeypatch.setattr(command, "measure", None)  # which is not called again
     assert bench(config, dataclasses.replace(settings, resume=True)) == text
+    assert {row["commit"] for row in collect(tmp_path)} == first == {report["facts"]["commit"]}
+    assert {row["day"] for row in collect(tmp_path)} == {report["facts"]["started"][:10]}
     with pytest.raises(UserError, match="with other options"):
         bench(config, dataclasses.replace(settings, resume=True, effort=Effort(warmup=1, steps=4)))
     with pytest.raises(UserError, match="with other options"):

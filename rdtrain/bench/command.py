@@ -65,7 +65,9 @@ def bench(config: Config, settings: BenchSettings) -> str | None:
     options = {"warmup": effort.warmup, "steps": effort.steps, "shards": effort.shards, "swept": swept}
     settled = {name: asdict(getattr(config, name)) for name in ("data", "noise", "optimizer")}  # what no row has of its own
     del settled["data"]["sequence_length"]
-    report = {"facts": start_facts(world.device.type), **options, "settings": json.loads(json.dumps(settled))}
+    facts = start_facts(world.device.type)
+    known = [replace(row, commit=facts["commit"], started=facts["started"]) for row in known]
+    report = {"facts": facts, **options, "settings": json.loads(json.dumps(settled))}
     for folder, held, option in ((settings.output, "measurements", "--output"), (effort.profile, "traces", "--profile")):
         if folder is not None:
             report_folder(folder, held, option)
@@ -125,8 +127,8 @@ def _kept(settings: BenchSettings, report: dict) -> list[Measurement]:
         return []
     try:
         before = json.loads(path.read_text())
-        rows = [Measurement(**row) for row in before["measurements"]]
         facts = before["facts"]
+        rows = [Measurement(**{name: facts[name] for name in ("commit", "started")} | row) for row in before["measurements"]]
         same = all(facts[name] == report["facts"][name] for name in ("machine", "versions"))
         same = same and all(before[name] == report[name] for name in report if name != "facts")
     except OSError as error:

@@ -74,6 +74,7 @@ class Measurement:
     estimate: the same by rdtrain/estimate.py, for rank 0: `passes` is its activations, gathered weights and what the loss takes, gradients
         apart; for `peak` see docs/performance.md.
     traffic: bytes that a rank sends, by kind of collective, by the same arithmetic.
+    commit, started: of the command that measured it, which a later one may have kept; see `start_facts`.
     """
 
     arm: str
@@ -92,6 +93,8 @@ class Measurement:
     tokens_per_step: int
     estimate: dict[str, float]
     traffic: dict[str, float]
+    commit: str | None = None
+    started: str | None = None
     out_of_memory: str | None = None
     steps: int = 0
     step_seconds: dict[str, float] = field(default_factory=dict)

@@ -61,6 +61,7 @@ def _found(row: dict) -> tuple[float, float] | tuple[None, None]:
 
 
 def _row(stage: str, swept: str | None, facts: dict, found: dict) -> dict:
+    facts = facts | {name: found[name] for name in ("commit", "started") if name in found}  # of its own, where a later command kept it
     row = {
         "stage": stage, "swept": swept, "commit": facts["commit"], "day": facts["started"][:10], "device": found["device"],
         "torch": facts["versions"]["torch"],
