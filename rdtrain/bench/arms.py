@@ -44,7 +44,9 @@ def _points(sweep: list[str]) -> list[tuple[str | None, list[str]]]:
     """The value of the first key, and the overrides of all keys, of each point."""
     if not sweep:
         return [(None, [])]
-    columns = []
+    columns, keys = [], [each.partition("=")[0] for each in sweep]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"--sweep {' '.join(sweep)} has a key twice, and each has one value at a time: leave one of them out")
     for each in sweep:
         key, equals, values = each.partition("=")
         if not equals or not all(values.split(",")):
@@ -64,6 +66,9 @@ def _configure(config: Config, arm: str | None, overrides: list[str]) -> Config:
     name, *own = arm.split()
     if name not in ARMS:
         raise UserError(f"--compare knows no arm '{name}': choose from {', '.join(ARMS)}, and put overrides of all arms before options")
+    twice = {each.partition("=")[0] for each in own} & {each.partition("=")[0] for each in overrides}
+    if twice:
+        raise UserError(f"--sweep has {' and '.join(sorted(twice))}, which is an override of the arm '{arm}' too: leave one of them out")
     if config.objective.name != "diffusion_blocks" or name != "blocks":  # the config's own blocks stay as they are
         config = replace(config, objective=ObjectiveSettings(**ARMS[name]))
     if name != "blocks":
