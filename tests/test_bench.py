@@ -153,6 +153,7 @@ def test_what_cannot_be_measured_is_refused(config, on_cpu, tmp_path):
         ({"vocab_size": 9, "compare": ["bptt"]}, "knows no arm 'bptt': choose from blocks"),
         ({"vocab_size": 9, "sweep": ["model.width"]}, "--sweep model.width is not of the form"),
         ({"vocab_size": 9, "sweep": ["model.width=8,16", "model.heads=2"]}, "unequal numbers of values"),
+        ({"vocab_size": 9, "compare": [" "]}, "knows no arm '': choose from blocks"),
         ({"vocab_size": 9, "sweep": ["model.width=8,16", "model.width=16,8"]}, "has a key twice"),
         ({"vocab_size": 9, "sweep": ["model.iterations=1,2"], "compare": ["full model.iterations=4"]}, "override of the arm 'full model.i"),
         ({"vocab_size": 9, "sweep": ["model.blocks=1,2"], "compare": ["full"]}, "set model.blocks=1"),

@@ -63,7 +63,7 @@ def _points(sweep: list[str]) -> list[tuple[str | None, list[str]]]:
 def _configure(config: Config, arm: str | None, overrides: list[str]) -> Config:
     if arm is None:
         return override(config, overrides)
-    name, *own = arm.split()
+    name, *own = arm.split() or [""]
     if name not in ARMS:
         raise UserError(f"--compare knows no arm '{name}': choose from {', '.join(ARMS)}, and put overrides of all arms before options")
     twice = {each.partition("=")[0] for each in own} & {each.partition("=")[0] for each in overrides}
