@@ -122,6 +122,9 @@ def test_a_sweep_with_shards_and_a_profile(tiny_config, tmp_path, rdtrain):
     earlier.write_text(json.dumps(rows))
     assert collect(tmp_path, earlier) == rows  # none twice
     assert plot_stages(rows, tmp_path) == [tmp_path / "out.png"] and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    others = [first[0], {**first[0], "arm": "full", "value": "2"}, {**first[0], "arm": "full"}]
+    times = [line.split("|")[-3:-1] for line in page(others).splitlines()[-3:]]
+    assert [time.strip() for time, _ in times] == ["1.00", "", "1.00"]  # of the first arm alone, which has no 2
     earlier.write_text("[{}]")
     with pytest.raises(UserError, match="performance.json cannot be read .*: give another"):
         collect(tmp_path, earlier)

@@ -95,7 +95,8 @@ def _cells(row: dict, of_stage: list[dict]) -> list[str]:
     cells = [row["arm"], row["value"] or "", f"{row['micro_sequences']} x {row['sequence_length']:,}"]
     if row.get("out_of_memory"):
         return [*cells, "out of memory", *[""] * 6, f"{row['estimated_peak']}", "", ""]
-    base = next(other for other in of_stage if other["value"] == row["value"])
+    first = (other for other in of_stage if (other["arm"], other["value"]) == (of_stage[0]["arm"], row["value"]))
+    base = next(first, {"out_of_memory": True})  # or not measured at this value
     times = ["", ""] if base.get("out_of_memory") else [
         f"{base['tokens_per_second'] / row['tokens_per_second']:.2f}", f"{row['peak'] / base['peak']:.2f}" if base.get("peak") else "",
     ]
