@@ -39,9 +39,14 @@ def read_prompts(path: Path, seed: int) -> list[tuple[str, int]]:
 
 
 def keep_whole_lines(path: Path, expected: list[dict]) -> int:
-    """How many lines of an output are whole; a part of one behind them is cut off. ValueError when they are not those of `expected`."""
+    """How many lines of an output are whole; a part of one behind them is cut off. ValueError when they are not those of `expected`.
+
+    ValueError also for what is no file: a terminal or a device would be read without an end.
+    """
     if not path.exists():
         return 0
+    if not path.is_file():
+        raise ValueError(f"{path} is no file, which OUT must be, as its whole lines are kept: give another output")
     *lines, part = path.read_bytes().split(b"\n")
     for number, line in enumerate([*lines, part] if part else lines):
         try:

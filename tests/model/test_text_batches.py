@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,13 @@ def test_a_bad_file_of_prompts_is_refused_before_any_work(generator, tmp_path, c
     with pytest.raises(ValueError, match=match):
         continue_prompts(generator, tmp_path / "in.jsonl", tmp_path / "out.jsonl", 3, Sampling(), 0, 9, 2, 64)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "."])
+def test_an_output_that_is_no_file_is_refused_and_not_read(generator, source, output):
+    """/dev/full has no end."""
+    with pytest.raises(ValueError, match="^.* is no file, which OUT must be, as its whole lines are kept: give another output$"):
+        continue_prompts(generator, source, Path(output), 3, Sampling(), 0, 9, 2, 64)
 
 
 def test_a_file_that_is_no_output_of_these_prompts_stays_as_it_is(generator, tmp_path):
