@@ -223,6 +223,11 @@ def test_a_damaged_folder_and_bad_requests_are_refused_in_one_sentence(exported,
     os.truncate(weights, weights.stat().st_size // 2)
     result = alone(exported, "--prompt", "A")
     assert result.returncode == 1 and "is not a whole exported model" in result.stderr and "Traceback" not in result.stderr
+    code = (exported / "chain.py").read_text()
+    (exported / "chain.py").write_text(code[: code.index("class Chain")] + "(")
+    result = alone(exported, "--prompt", "A")
+    assert result.returncode == 1 and "(chain.py, line" in result.stderr and result.stderr.endswith(": export the model again\n")
+    assert "Traceback" not in result.stderr
     (exported / "chain.py").unlink()
     result = alone(exported, "--prompt", "A")
     assert result.returncode == 1 and result.stderr == "\nmodel: No module named 'exported_model.chain': export the model again\n"

@@ -107,6 +107,8 @@ def main() -> None:
     except ImportError as error:
         own = (error.name or "").partition(".")[0] == __package__
         sys.exit(f"\n{FOLDER.name}: {error}: {'export the model again' if own else 'install that Python package'}")
+    except SyntaxError as error:  # of a file of code that was cut, and whose beginning is no program
+        sys.exit(f"\n{FOLDER.name}: {error}: export the model again")
     except (RuntimeError, MemoryError) as error:
         from .exceptions import first_line, out_of_memory
 
