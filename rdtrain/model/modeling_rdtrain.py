@@ -188,15 +188,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             if labels is not None:
                 if labels.shape != input_ids.shape:
                     raise ValueError(f"labels must be {list(input_ids.shape)}, as input_ids are, and they are {list(labels.shape)}")
+                self._check_ids(labels.masked_fill(labels == -100, 0), "labels")
                 output.loss = mean_loss(output.logits, labels, attention_mask, num_items_in_batch)
                 output.logits = output.logits[:, -logits_to_keep:]
         return output.to_tuple() if return_dict is False else output
 
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.ndim != 2 or ids.shape[1] < 1:
-            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, and they are {list(ids.shape)}: begin with bos")
+    def _check_ids(self, ids: Tensor, name: str = "input_ids") -> None:
+        if ids.ndim != 2 or ids.numel() < 1:
+            raise ValueError(f"{name} must be [batch, tokens] with at least one token, and they are {list(ids.shape)}: begin with bos")
         if ids.is_floating_point():
-            raise ValueError(f"input_ids must be whole numbers, and they are {ids.dtype}: encode with the model's own tokenizer")
+            raise ValueError(f"{name} must be whole numbers, and they are {ids.dtype}: encode with the model's own tokenizer")
         if torch.compiler.is_compiling() or ids.shape[1] == 1 and ids.is_cuda:  # a token that was just generated: asking would wait
             return
         low, high = ids.min().item(), ids.max().item()

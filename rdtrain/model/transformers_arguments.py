@@ -58,5 +58,5 @@ def mean_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor
     A row's first token has none before it, whether the row begins with it or with padding.
     """
     targets = labels[:, 1:] if mask is None else labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten().long(), ignore_index=-100, reduction="sum")
     return losses / ((targets != -100).sum() if count is None else count)

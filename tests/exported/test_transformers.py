@@ -135,6 +135,7 @@ def test_a_text_is_scored_by_its_honest_likelihood_whatever_its_padding(both):
     assert scored.loss.item() == pytest.approx(total / count, rel=1e-4)
     halved = model(**batch, labels=labels, seed=[5, 6, 7], num_items_in_batch=2 * count).loss
     assert halved.item() == pytest.approx(total / count / 2, rel=1e-4)
+    assert torch.equal(model(**batch, labels=labels.int(), seed=[5, 6, 7]).loss, scored.loss)
     last = model(**batch, seed=[5, 6, 7], logits_to_keep=1).logits
     torch.testing.assert_close(last, scored.logits[:, -1:])
     right = {"input_ids": torch.tensor([PROMPTS[1] + [2, 2]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]]), "seed": 6}
