@@ -218,7 +218,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         cache = RecurrentDepthCache() if cache is None else cache
         _check_kind(cache)
         if not cache.started:
-            padding = padding_columns(mask, ids.shape[1], scored=False)
+            padding = padding_columns(mask, ids.shape, scored=False)
             cache.start(self.model, self.noise, self._iterations(iterations), sampling or Sampling(), self._seeds(seed, ids), padding)
         else:
             cache.check(self.model, iterations, sampling, len(ids))
@@ -278,7 +278,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _uncached(self, ids: Tensor, mask: Tensor | None, seed: int | list[int] | None,
                   documents: Tensor | None = None) -> tuple[list | None, PositionRandom]:
         """A slot that knows of padding, and of documents, in a list, or None where there is none; and the positions' random numbers."""
-        padding, slots = padding_columns(mask, ids.shape[1], scored=True), None
+        padding, slots = padding_columns(mask, ids.shape, scored=True), None
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         if padding is not None:
             place = CachePlace(ids.shape[1], ids.device)

@@ -32,16 +32,17 @@ def drawing_settings(config) -> dict[str, float]:
     return {"temperature": 0.0} if config.num_beams == 1 else {}
 
 
-def padding_columns(mask: Tensor | None, length: int, scored: bool) -> Tensor | None:
+def padding_columns(mask: Tensor | None, shape: torch.Size, scored: bool) -> Tensor | None:
     """The columns [B] at the left of each row that are padding, None where there are none.
 
-    ValueError for a mask of another length, with holes or an empty row, and, but for a text that is scored, padding at the right.
+    shape: of the input_ids. ValueError for a mask of another one, with holes or an empty row, and, but for a text that is scored, padding
+    at the right.
     """
     if mask is None:
         return None
-    if mask.ndim != 2 or mask.shape[1] != length:
-        raise ValueError(f"attention_mask must be [batch, {length}], and it is {list(mask.shape)}")
-    shown = mask.bool()
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask must be {list(shape)}, as input_ids are, and it is {list(mask.shape)}")
+    shown, length = mask.bool(), shape[1]
     if bool(shown.all()):
         return None
     widths = (shown.cumsum(1) == 0).sum(1)

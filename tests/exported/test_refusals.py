@@ -36,6 +36,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, load, tmp
         "token 900 is outside the vocabulary of 800": lambda: model(ids, labels=ids + (ids == 92) * 808),
         "labels must be whole numbers, and they are torch.float32": lambda: model(ids, labels=ids.float()),
         "must be .batch, tokens. with at least one token, and they are .0, 7.": lambda: model(ids[:0]),
+        "attention_mask must be .1, 7., as input_ids are, and it is .2, 7.": lambda: model(ids, attention_mask=holes.new_ones(2, 7)),
         "it is a DynamicCache: leave it out": lambda: model.generate(ids, past_key_values=DynamicCache()),
         "reads a prompt in one pass": lambda: model.generate(ids, prefill_chunk_size=2),
         "was started with another model": lambda: model(ids, past_key_values=started(unrolled[2])),
