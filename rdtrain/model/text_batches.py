@@ -30,7 +30,7 @@ def read_prompts(path: Path, seed: int) -> list[tuple[str, int]]:
         try:
             tree = json.loads(line.decode())
             prompt, own_seed = tree["prompt"], tree.get("seed", seed + len(prompts))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # the last of brackets within brackets
             prompt = own_seed = None
         if not isinstance(prompt, str) or type(own_seed) is not int:
             raise ValueError(f'line {number} of {path} is not {{"prompt": TEXT}} in UTF-8, with a whole "seed" or none: mend it')
@@ -57,7 +57,7 @@ def keep_whole_lines(path: Path, expected: list[dict]) -> int:
             else:  # begun by a process that was killed; of another file, which may be IN itself, nothing is cut off
                 start = f'{{"prompt": {json.dumps(facts["prompt"], ensure_ascii=False)}, "continuation": "'.encode()
                 same = line[: len(start)] == start[: len(line)]
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             same = False
         if not same:
             raise ValueError(f"line {number + 1} of {path} is of another prompt, seed or setting: give another output, or the same input "

@@ -56,6 +56,7 @@ def test_a_file_of_prompts_gives_what_each_gives_alone_and_goes_on_where_it_stop
 @pytest.mark.parametrize("content, match", [
     (b'{"prompt": "a"}\n{"text": "b"}\n', "^line 2 of .* is not .*: mend it$"), (b'{"prompt": "a\xff"}\n', "^line 1 of .*UTF-8"),
     (b'{"prompt": "a", "seed": "x"}', "^line 1 of .*whole"), (b'{"prompt": "\\ud800"}', "lone surrogate U.D800"),
+    pytest.param(b"[" * 100_000, "^line 1 of .*: mend it$", id="brackets within brackets"),
     (b'{"prompt": "a"}\n{"prompt": "' + b"a b " * 40 + b'"}', "^prompt 2 of .* has .* longer than the 64 that the cache holds: shorten it"),
 ])
 def test_a_bad_file_of_prompts_is_refused_before_any_work(generator, tmp_path, content, match):
