@@ -1,7 +1,9 @@
 """What config.json says of an exported model, checked: every value is one that this code can run, or the folder is refused."""
 
+import json
 import math
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -47,6 +49,17 @@ def check_format(number: Any) -> None:
     """ValueError for a folder that another version of this code has written."""
     if type(number) is not int or number != FORMAT:
         raise ValueError(f"its format is {number!r}, and this code reads {FORMAT}")
+
+
+def check_generation_config(folder: Path) -> None:
+    """ValueError where a generation_config.json is there and is not whole: transformers goes on without it, and no text would end."""
+    file = folder / "generation_config.json"
+    try:
+        whole = not file.exists() or isinstance(json.loads(file.read_text()), dict)
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{file} is not whole: export the model again")
 
 
 def _checked(kind: type, values: Any, section: str) -> dict:

@@ -26,6 +26,7 @@ from .cache import CachePlace
 from .chain_cache import RecurrentDepthCache
 from .configuration_rdtrain import RecurrentDepthConfig
 from .denoiser import denoise_state
+from .description import check_generation_config
 from .exceptions import first_line
 from .recurrent import MOST_ITERATIONS, RecurrentDepthLM, initial_state
 from .sampling import Sampling
@@ -103,7 +104,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         ValueError, in one sentence, for weights that are not whole, or not all of this model's.
         """
         if pretrained_model_name_or_path is not None:
-            _refuse_changed_weights(Path(pretrained_model_name_or_path, settings.get("subfolder") or ""))
+            folder = Path(pretrained_model_name_or_path, settings.get("subfolder") or "")
+            _refuse_changed_weights(folder)
+            check_generation_config(folder)
         try:
             model, found = super().from_pretrained(
                 pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings | {"use_safetensors": True}

@@ -96,6 +96,8 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, load, tmp
         ("are not whole", load, lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-500])),
         ("are not whole .*model.safetensors has changed since it was written", load, flipped),
         ("are not whole", load, pickled),
+        ("generation_config.json is not whole", load, lambda folder: (folder / "generation_config.json").write_text('{"eos_')),
+        ("generation_config.json is not whole", load, lambda folder: (folder / "generation_config.json").write_text("[]")),
         ("are not of the shapes", load, described(mlp_width=64)),
         ("heads must be at least 1", AutoConfig.from_pretrained, described(heads=0)),
         ("unknown setting wings", AutoConfig.from_pretrained, lambda folder: settings(folder, model={"wings": 2, "vocab_size": 8})),
