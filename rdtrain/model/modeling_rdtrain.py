@@ -312,10 +312,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
                            seed: int | list[int] | None = None) -> Tensor:
         """States [B, T, d] for an iteration, from 0, of so many: of all positions but the last their next tokens', noised to its level.
 
-        Of a denoising model.
+        ValueError for an unrolled model, and for an iteration that there is not.
         """
+        if not self.denoising:
+            raise ValueError("with_known_targets is of a denoising model, and this one is not: leave it out")
         _, random = self._uncached(input_ids, None, seed)
-        sigma = self.noise.levels(self._iterations(num_iterations))[iteration]
+        iterations = self._iterations(num_iterations)
+        _check_iteration(iteration, iterations)
+        sigma = self.noise.levels(iterations)[iteration]
         known = self.model.unit_embedding(input_ids[:, 1:]) + sigma * random.normal(STATE, self.config.hidden_size)[:, :-1]
         return torch.cat((known, state[:, -1:]), dim=1)
 
@@ -327,8 +331,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         model with self-conditioning. ValueError for an iteration that there is not.
         """
         iterations, model = self._iterations(num_iterations), self.model
-        if not 0 <= iteration < iterations:
-            raise ValueError(f"iteration must be one of 0 to {iterations - 1}, and it is {iteration}")
+        _check_iteration(iteration, iterations)
         if not self.denoising:
             state = model.iterate(state, e)
             logits = model.readout(state)
@@ -371,6 +374,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if len(seeds) == batch_size:
             seeds = [one + copy for one in seeds for copy in range(copies) for _ in range(beams)]
         model_kwargs["seed"] = seeds
+
+
+def _check_iteration(iteration: int, iterations: int) -> None:
+    if not (hasattr(iteration, "__index__") and 0 <= iteration < iterations):
+        raise ValueError(f"iteration must be one of 0 to {iterations - 1}, and it is {iteration}")
 
 
 def _check_kind(cache) -> None:

@@ -52,6 +52,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, load, tmp
         "with a cache of its own": lambda: model.generate(ids, use_cache=False),
         "a batch of 1 texts needs as many seeds": lambda: model.generate(ids, seed=[1, 2]),
         "labels are for a text that is scored": lambda: model(ids, labels=ids, use_cache=True),
+        "iteration must be one of 0 to 3, and it is -1": lambda: model.with_known_targets(torch.zeros(1, 7, 32), ids, -1, 4),
+        "iteration must be one of 0 to 3, and it is 0.5": lambda: model.iterate_one_step(*torch.zeros(2, 1, 7, 32), 0.5, 4),
+        "with_known_targets is of a denoising": lambda: unrolled[2].with_known_targets(torch.zeros(1, 7, 32), ids, 0, 4),
         "iteration must be one of 0 to 1": lambda: model.iterate_one_step(torch.zeros(1, 1, 32), torch.zeros(1, 1, 32), 2, 2),
     }.items():
         with pytest.raises(ValueError, match=words) as error:
