@@ -47,7 +47,7 @@ class RecurrentDepthOutput(ModelOutput):
     loss: mean cross-entropy in nats, where labels were given. logits: [B, T, V] without a cache, [B, 1, V] with one. past_key_values: the
     cache. hidden_states: K + 1 latents, the state before the first iteration and after each, [B, T, d] without a cache and for an unrolled
     model, [B, 1, d] of the last position in a denoiser's chain (whose last one is the expected embedding). iteration_logits: K tensors, as
-    logits, the last being those. iterations_used: int64 [B], where `exit` is set.
+    logits, the last being those. iterations_used: int64 [B], where `exit` is set, of one token; None over a prompt, which has no exit.
     """
 
     loss: Tensor | None = None
