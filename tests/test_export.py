@@ -62,6 +62,7 @@ def test_the_folder_holds_the_packages_own_files_and_the_training_models_logits(
     package = Path(export_module.__file__).parent / "model"
     for file in package.glob("*.py"):
         assert (exported / file.name).read_bytes() == file.read_bytes()
+    assert len({file.stat().st_mode for file in exported.iterdir() if file.is_file()}) == 1  # whoever may read one may read all
     settings = json.loads((exported / "config.json").read_text())
     model = RecurrentDepthLM(ModelConfig(**settings["model"]))
     load_weights(tmp_path / "run/checkpoints/step-00000008", model)

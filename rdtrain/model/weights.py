@@ -29,6 +29,7 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, shard_bytes: float) 
     names = [WHOLE] if len(shards) == 1 else [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, {"format": "pt", "crc32": checksum(shard)})
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
