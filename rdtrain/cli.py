@@ -4,7 +4,6 @@ Libraries are imported inside each verb, so that `rdtrain --help` answers at onc
 """
 
 import argparse
-import errno
 import io
 import os
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from .data.commands import add_shard, join_action
 from .data.tokenizer_commands import add_tokenizer
-from .errors import UserError, user_errors_as_exit
+from .errors import UserError, disk_is_full, user_errors_as_exit
 from .evaluate.arguments import add_evaluate
 from .plan.command import add_plan
 
@@ -53,7 +52,7 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
             code = 128 + signal.SIGPIPE
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise UserError(

@@ -5,6 +5,7 @@ what is wrong, where, and the mend. The command line prints that sentence withou
 that escapes is a bug in rdtrain and keeps its traceback.
 """
 
+import errno
 import os
 import sys
 import time
@@ -26,6 +27,11 @@ class UserError(Exception):
     def __init__(self, sentence: str, everywhere: bool = True):
         super().__init__(sentence)
         self.everywhere = everywhere
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether it is room that a disk lacks, or a user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager

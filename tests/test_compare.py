@@ -99,8 +99,8 @@ def test_names_say_what_they_say_in_tables_and_plots(tmp_path, monkeypatch):
     names = ["_K=32 | $2 and $3", r"$\foo$"]
     arms = {name: arm(name, name, (0, 0.0, 9.0), (1, 1.0, 8.0)) for name in names}
     monkeypatch.setattr(report, "read_arm", lambda folder: arms[str(folder)])
-    drawn, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
+    drawn, save = [], plots.write_figure
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
     compare([Path(name) for name in names], tmp_path)
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == [f"{name} (learning rate 1)" for name in names]
     page = (tmp_path / "report.html").read_text()

@@ -1,10 +1,9 @@
 """Measurements as people read them: two tables, the costliest kernels, and a plot of a sweep."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.output import write_atomically
+from ..data.output import write_figure
 from ..tables import bytes_text, columns
 from .measure import Measurement
 
@@ -177,7 +176,4 @@ def plot_sweep(points: list[Point], swept: str, path: Path) -> None:
         axes.set(xlabel=swept, ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     all_axes[0].legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    pyplot.close(figure)
-    write_atomically(path, picture.getvalue())
+    write_figure(figure, path)

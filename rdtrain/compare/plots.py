@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from ..data.output import write_figure
 from .runs import Arm
 
 
 def plot_nll(arms: list[Arm], column: int, label: str, path: Path) -> None:
-    """Held-out NLL against a column of the arms' curves. OSError where the disk refuses."""
+    """Held-out NLL against a column of the arms' curves. UserError where the disk refuses."""
     figure, axes = _figure(4.5)
     lines = [
         axes.plot([point[column] for point in arm.curve], [point[-1] for point in arm.curve], marker="o", markersize=3)[0] for arm in arms
@@ -14,12 +15,12 @@ def plot_nll(arms: list[Arm], column: int, label: str, path: Path) -> None:
     axes.set(xlabel=label, ylabel="held-out NLL (nats per token)", title=f"Held-out NLL against {label}")
     axes.grid(alpha=0.3)
     axes.legend(lines, [f"{arm.name} (learning rate {arm.learning_rate:g})" for arm in arms])
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def plot_parts(arms: dict[str, dict[str, float]], label: str, title: str, path: Path, add_up: bool) -> None:
     """A bar for each arm, of what its parts have, in the unit that label names. add_up: the parts are shares of one whole, and are put end
-    to end; else they lie below each other. OSError where the disk refuses."""
+    to end; else they lie below each other. UserError where the disk refuses."""
     parts = list(next(iter(arms.values())))
     figure, axes = _figure(1.5 + 0.45 * len(arms) * (1 if add_up else 1.8))
     thickness = 0.7 if add_up else 0.8 / len(parts)
@@ -35,7 +36,7 @@ def plot_parts(arms: dict[str, dict[str, float]], label: str, title: str, path: 
     axes.set(xlabel=label, title=title)
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize="small")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _figure(height: float):
@@ -47,12 +48,3 @@ def _figure(height: float):
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(7, height), layout="constrained")
-
-
-def _save(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
-    temporary.replace(path)

@@ -4,8 +4,8 @@ Notable: only a folder that bears the writer's own marker file is ever replaced,
 delete somebody's home. The old folder stays until the new one is complete.
 """
 
-import errno
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from ..errors import UserError
+from ..errors import UserError, disk_is_full
 
 
 def refuse_existing(output: Path, markers: Sequence[str], overwrite: bool) -> None:
@@ -80,9 +80,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "free some disk space" if full else "make its folder one that is there and can be written"
+        mend = "free some disk space" if disk_is_full(error) else "make its folder one that is there and can be written"
         raise UserError(f"{path} cannot be written ({error.strerror}): {mend}, and start the same command again") from error
+
+
+def write_figure(figure, path: Path) -> None:
+    """Write a figure of matplotlib's pyplot as PNG, as `write_atomically` does, and close it."""
+    from matplotlib import pyplot
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    pyplot.close(figure)
+    write_atomically(path, picture.getvalue())
 
 
 def file_facts(file: Path) -> dict:
