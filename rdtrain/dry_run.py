@@ -13,9 +13,9 @@ from .config import Config
 from .distributed import World
 from .errors import UserError
 from .estimate import Memory, Shares, checkpoint_bytes, model_on_paper, parameters_by_part, rank_memory, step_traffic
+from .preparation import Plan
 from .run_folder import refuse_unusable, standing
 from .tables import bytes_text
-from .train import Plan
 
 MEMORY_NAMES = {
     "weights": "weights", "gradients": "gradients", "optimizer_state": "optimizer state", "gathered": "weights of a pass",

@@ -23,8 +23,8 @@ from rdtrain.distributed import World
 from rdtrain.errors import UserError
 from rdtrain.hardware import peak_flops
 from rdtrain.model.recurrent import RecurrentDepthLM
+from rdtrain.preparation import objective_and_model
 from rdtrain.randomness import SampleRandom
-from rdtrain.train import objective_and_model
 
 CPU = torch.device("cpu")
 EFFORT = Effort(warmup=1, steps=3)

@@ -13,7 +13,7 @@ from rdtrain.bench.arms import cases
 from rdtrain.config import load_config, override
 from rdtrain.distributed import World
 from rdtrain.estimate import Shares, model_on_paper, rank_memory
-from rdtrain.train import objective_and_model
+from rdtrain.preparation import objective_and_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 VOCABULARY = {"1b": 32_768, "3.5b": 65_536}

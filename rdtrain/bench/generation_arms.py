@@ -18,7 +18,7 @@ from ..model.layers import SandwichBlock
 from ..model.noise import NoiseSchedule
 from ..model.recurrent import ModelConfig, ModelSettings, RecurrentDepthLM
 from ..model.sampling import Sampling
-from ..train import objective_and_model
+from ..preparation import objective_and_model
 
 KINDS = ("blocks", "bptt", "plain")
 EXAMPLE = "configs/1b.yaml:32768"

@@ -29,8 +29,9 @@ from ..model.recurrent import ModelConfig, RecurrentDepthLM
 from ..objectives import Objective, ObjectiveSettings, build_objective
 from ..objectives.bptt import BackpropagationThroughTime
 from ..objectives.cuda_graph import captured_bytes
+from ..preparation import objective_and_model
 from ..randomness import SampleRandom
-from ..train import objective_and_model, run_step
+from ..train import run_step
 from .arms import Case
 from .memory import WatchedObjective, measure_memory
 from .trace import Trace, trace_steps, write_memory_snapshot

@@ -16,7 +16,7 @@ from ..distributed import World
 from ..errors import UserError
 from ..estimate import Memory, Shares, model_on_paper, parameters_by_part, rank_memory, step_traffic
 from ..hardware import Gpu
-from ..train import objective_and_model
+from ..preparation import objective_and_model
 
 CUDA = torch.device("cuda")
 MOST_GPUS = 1 << 20  # where the search for a number that is enough ends

@@ -11,7 +11,7 @@ from ..distributed import World
 from ..estimate import FP32, Shares, model_on_paper
 from ..hardware import GPUS, NETWORK, Gpu
 from ..plan.costing import CUDA, Cluster, Cost, cost, with_batch
-from ..train import objective_and_model
+from ..preparation import objective_and_model
 from .jobs import RESERVE, Model, base_config
 from .losses import REFERENCE
 

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..estimate import Shares, model_on_paper, rank_memory
 from ..hardware import Gpu
 from ..plan.costing import CUDA, with_batch
-from ..train import objective_and_model
+from ..preparation import objective_and_model
 
 RESERVE = 4.0
 """GiB of a GPU that tensors cannot have: `rdtrain plan`'s default."""

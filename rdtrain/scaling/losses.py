@@ -22,9 +22,10 @@ from ..metrics import MetricSums
 from ..model.recurrent import RecurrentDepthLM
 from ..optimization import learning_rate
 from ..plan.costing import batch_for
+from ..preparation import objective_and_model
 from ..randomness import SampleRandom
 from ..run_folder import start_facts
-from ..train import objective_and_model, run_step
+from ..train import run_step
 from .jobs import LAYOUTS
 
 REFERENCE = "plain fp32"

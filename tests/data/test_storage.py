@@ -20,7 +20,7 @@ from rdtrain.data.sharding import write_shards
 from rdtrain.data.shards import ShardReader, shard_folders
 from rdtrain.data.storage import open_files
 from rdtrain.distributed import World
-from rdtrain.train import Plan
+from rdtrain.preparation import Plan
 
 KINDS = ("folder", "file", "memory", "zip", "zip in memory")
 

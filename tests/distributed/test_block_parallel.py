@@ -17,8 +17,9 @@ from rdtrain.estimate import Shares, engine_memory, model_on_paper, step_traffic
 from rdtrain.metrics import read_metrics
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
 from rdtrain.objectives import DiffusionBlocks
+from rdtrain.preparation import Plan
 from rdtrain.randomness import SampleRandom
-from rdtrain.train import Plan, train
+from rdtrain.train import train
 
 CPU = torch.device("cpu")
 SETTINGS = {
