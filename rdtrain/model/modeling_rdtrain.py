@@ -32,7 +32,7 @@ from .recurrent import MOST_ITERATIONS, RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import euler_step
 from .text_random import STATE, PositionRandom, TextRandom, row_seeds
-from .transformers_arguments import CHAIN_SETTINGS, drawing_settings, mean_loss, padding_columns, seed_list
+from .transformers_arguments import CHAIN_SETTINGS, drawing_settings, fill_in, mean_loss, padding_columns, seed_list
 from .weights import read_file, weight_files
 
 # Drawn outside of compiled code: a C++ compiler takes whole numbers never to overflow, as these do, and so computes others (torch 2.13).
@@ -350,15 +350,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int,
                                       max_cache_length: int) -> None:
-        """Called by `generate`: a cache with room for all that is to come, and a seed for each sequence.
+        """Called by `generate`: settings that its config has, a cache with room for all that is to come, and a seed for each sequence.
 
-        Where none is given, sampling draws seeds from torch's own generator and greedy search takes 0. Copies of one prompt, but for the
+        Where no seed is given, sampling draws seeds from torch's own generator and greedy search takes 0. Copies of one prompt, but for the
         beams of a search, count on from its seed: they would all be the same text.
         """
         if generation_config.use_cache is False or generation_config.cache_implementation is not None:
             raise ValueError("this model generates with a cache of its own: leave use_cache and cache_implementation as they are")
         if generation_config.prefill_chunk_size is not None:  # the last token of each piece would be denoised, as if its next were unknown
             raise ValueError("this model reads a prompt in one pass: leave out prefill_chunk_size")
+        fill_in(model_kwargs, generation_config)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             cache = model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)

@@ -24,6 +24,16 @@ def seed_list(seed, rows: int) -> list[int]:
     return seeds
 
 
+def fill_in(given: dict, config) -> None:
+    """Adds to what `forward` is given what a generation_config says of the chain, its iterations and its seed.
+
+    `generate` moves arguments there that the config has already, and leaves those alone that only the config has.
+    """
+    for name in (*CHAIN_SETTINGS, "num_iterations", "seed"):
+        if given.get(name) is None and getattr(config, name, None) is not None:
+            given[name] = getattr(config, name)
+
+
 def drawing_settings(config) -> dict[str, float]:
     """What transformers' samplers are told, as a `Sampling` names it, for the iterations before the last, which they do not see."""
     if config.do_sample:

@@ -61,6 +61,25 @@ def test_settings_of_the_chain_reach_it_and_rows_with_an_exit_are_as_ours(denois
     assert torch.equal(tokens, torch.cat(list(generate(ours, torch.tensor(PROMPTS[:1]), 5, 6, NOISE, Sampling(0.0, **chain), 4))))
 
 
+def test_settings_that_the_generation_config_has_reach_the_chain_and_the_call_prevails(denoiser, load, tmp_path):
+    model, prompt = load(denoiser[1]), torch.tensor(PROMPTS[:1])
+
+    def cache(model, **settings):
+        return model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, **settings).past_key_values
+
+    asked = cache(model, num_iterations=3, seed=9, exit="argmax", caches=2)
+    for name, value in {"num_iterations": 3, "seed": 9, "exit": "argmax", "caches": 2}.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path)
+    for one in (model, load(tmp_path)):
+        found, other = cache(one), cache(one, num_iterations=2, exit="never", seed=8)
+        assert (found.iterations, asdict(found.sampling), found._seeds) == (3, asdict(asked.sampling), asked._seeds)
+        assert (other.iterations, asdict(other.sampling), other._seeds.tolist()) == (2, asdict(Sampling(caches=2)), [8])
+    model.generation_config.num_iterations = 0
+    with pytest.raises(ValueError, match="num_iterations must be a whole number from 1"):
+        cache(model)
+
+
 def test_copies_of_a_prompt_have_noise_of_their_own_and_beams_have_not(denoiser):
     model = denoiser[2]
     torch.manual_seed(0)
