@@ -34,6 +34,7 @@ class Plan:
     evaluator: Evaluator
     tokenizer: dict[str, bytes]
     tokenizer_hash: str
+    validation_hash: str
     accumulation: int
     tokens_per_step: int
     flops_per_step: float
@@ -65,6 +66,7 @@ class Plan:
             ),
             tokenizer={shards.tokenizer_name: shards.read_file(shards.tokenizer_name)},
             tokenizer_hash=shards.manifest["tokenizer_hash"],
+            validation_hash=validation.content_hash,
             accumulation=config.batch.accumulation(world.size),
             tokens_per_step=round(positions_per_step * objective.filled),
             flops_per_step=flops_per_step,

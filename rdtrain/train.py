@@ -98,6 +98,7 @@ def _train(config: Config, world: World, watch: Watch) -> int:
             "objective": asdict(config.objective),
             "noise": asdict(config.noise),
             "tokenizer_hash": plan.tokenizer_hash,
+            "validation_hash": plan.validation_hash,
             "total_steps": plan.total_steps,
             "until_nll": config.schedule.until_nll,
             "tokens_per_step": plan.tokens_per_step,

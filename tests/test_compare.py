@@ -25,6 +25,7 @@ def test_the_report_says_what_the_runs_recorded(tiny_config, tmp_path, rdtrain):
     text = (tmp_path / "report/report.md").read_text()
     assert result.stdout.strip() == text.strip()
     blocks, bptt = json.loads((tmp_path / "report/report.json").read_text())
+    assert len(blocks["validation_hash"]) == 64 and blocks["validation_hash"] == bptt["validation_hash"]
     for arm in (blocks, bptt):
         last = read_metrics(tmp_path / arm["name"] / "metrics.jsonl")[-1]
         assert arm["validation_nll"] == last["validation_nll"] and f"**{arm['validation_nll']:.4f}**" in text
@@ -61,7 +62,7 @@ def test_runs_that_did_not_record_their_forward_passes_are_named_or_leave_the_se
 
 def arm(name: str, objective: str, *curve: tuple[float, float, float]) -> Arm:
     """A run with this curve, of which all else that is a number is 1."""
-    texts = dict.fromkeys(("learning_rate_source", "tokenizer_hash", "folder", "machine", "precision"), "")
+    texts = dict.fromkeys(("learning_rate_source", "tokenizer_hash", "validation_hash", "folder", "machine", "precision"), "")
     texts["settings"] = name.partition(", seed")[0]
     values = dict.fromkeys(Arm.__dataclass_fields__, 1.0) | texts | {"name": name, "objective": objective}
     return Arm(**values | {"step_parts": None, "curve": list(curve), "seconds": curve[-1][1], "validation_nll": curve[-1][2]})
@@ -92,6 +93,9 @@ def test_the_time_to_another_runs_nll_is_that_of_an_evaluation(tmp_path, monkeyp
     arms["full"].tokenizer_hash = "1" * 64
     with pytest.raises(UserError, match="full with 111111111111, .*: compare runs of one tokenizer"):
         compare([Path("ours"), Path("full")], tmp_path / "other")
+    arms["ours"].validation_hash, arms["short"].validation_hash = "1" * 64, "2" * 64
+    with pytest.raises(UserError, match="ours and short were evaluated on different validation shards, .*: compare runs of one"):
+        compare([Path("ours"), Path("slow, seed 1"), Path("short")], tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

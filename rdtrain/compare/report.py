@@ -24,7 +24,7 @@ def compare(folders: list[Path], output: Path, more: str = "") -> str:
     """Write report.md, the same as one file report.html, report.json, nll-against-flops.png, nll-against-time.png and, where a run has
     recorded it, step-time.png to `output`; returns the report's text. more: Markdown for its end.
 
-    UserError when a folder holds no run, or a run without an evaluation, and for runs of different tokenizers.
+    UserError when a folder holds no run, or a run without an evaluation, and for runs of different tokenizers or validation shards.
     """
     arms = [read_arm(folder) for folder in folders]
     names = [arm.name for arm in arms]
@@ -36,6 +36,12 @@ def compare(folders: list[Path], output: Path, more: str = "") -> str:
                 f"{arms[0].name} was trained with tokenizer {arms[0].tokenizer_hash[:12]} and {other.name} with "
                 f"{other.tokenizer_hash[:12]}, so that an NLL per token of one says nothing about the other: compare runs of one tokenizer"
             )
+    evaluated = {arm.validation_hash: arm.name for arm in arms if arm.validation_hash}
+    if len(evaluated) > 1:
+        raise UserError(
+            f"{' and '.join(list(evaluated.values())[:2])} were evaluated on different validation shards, so that their held-out NLLs say "
+            "nothing about each other: compare runs of one data.validation, or measure them with rdtrain evaluate"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         plot_nll(arms, 0, "training FLOPs", output / "nll-against-flops.png")

@@ -21,7 +21,7 @@ PROJECT = Path(__file__).parent.parent.parent
 START, END = "<!-- made by python -m rdtrain.compare.results_table -->", "<!-- until here -->"
 NAMES = {"diffusion_blocks": "denoising blocks", "bptt truncated": "truncated BPTT", "bptt full": "full BPTT", "bptt local": "local BPTT"}
 # By `rdtrain compare` at 30058de, where no run was to end by its NLL.
-UNRECORDED = {"settings": "", "seed": 0, "tokenizer_hash": "", "step_parts": None, "until_nll": None}
+UNRECORDED = {"settings": "", "seed": 0, "tokenizer_hash": "", "validation_hash": None, "step_parts": None, "until_nll": None}
 ABLATION_STEP_TOKENS = 64 * 512  # configs/70m.yaml
 
 

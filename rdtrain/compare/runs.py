@@ -13,14 +13,16 @@ from ..metrics import read_metrics
 @dataclass
 class Arm:
     """One run as the report shows it. Times in seconds, memory in bytes, NLL in nats per token. settings: all that decides its result but
-    the seed, as text: runs with the same are repetitions of each other. step_parts: what a step's time goes to, in the mean, by name; None
-    for a run that did not record it. until_nll: where it was to end, if that was asked for."""
+    the seed, as text: runs with the same are repetitions of each other. validation_hash: of the shards that it was evaluated on, and
+    step_parts: what a step's time goes to, in the mean, by name; None for a run that did not record it. until_nll: where it was to end, if
+    that was asked for."""
 
     name: str
     objective: str
     settings: str
     seed: int
     tokenizer_hash: str
+    validation_hash: str | None
     folder: str
     machine: str
     ranks: int
@@ -73,6 +75,7 @@ def _read_arm(folder: Path) -> Arm:
         settings=json.dumps(config.result_settings() | {"seed": None}),
         seed=config.run.seed,
         tokenizer_hash=facts["tokenizer_hash"],
+        validation_hash=facts.get("validation_hash"),
         folder=str(folder),
         machine=facts["machine"],
         ranks=facts["ranks"],

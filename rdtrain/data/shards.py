@@ -98,6 +98,12 @@ class ShardReader:
         """The name of the tokenizer's file among the shards' files."""
         return next(name for name in TOKENIZER_FILES if name in self.manifest["files"])
 
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the checksums of the arrays' files, which a copy has too, and what is written anew from the same text alike."""
+        sums = sorted((name, facts["sha256"]) for name, facts in self.manifest["files"].items() if name.startswith(f"{ARRAYS}/"))
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
     def __len__(self) -> int:
         return self.manifest["tokens"]
 

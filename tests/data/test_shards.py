@@ -58,6 +58,14 @@ def test_tokens_and_documents_come_back(shards, tokenizer, texts):
     reader.verify()
 
 
+def test_the_same_content_is_known_as_the_same_wherever_it_lies(shards, text_folder, tokenizer, tmp_path):
+    write_shards([text_folder], tokenizer, tmp_path / "again", shard_tokens=1000)
+    (tmp_path / "text.txt").write_text("Another text.")
+    write_shards([tmp_path / "text.txt"], tokenizer, tmp_path / "other", shard_tokens=1000)
+    first, again, other = (ShardReader(path).content_hash for path in (shards, tmp_path / "again", tmp_path / "other"))
+    assert first == again != other
+
+
 def test_plain_zarr_reads_them(shards, tokenizer, texts):
     group = zarr.open_group(shards / "arrays.zarr", mode="r")
     start, stop = group["documents"][1:3]
