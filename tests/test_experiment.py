@@ -15,6 +15,7 @@ from rdtrain.compare.experiment import folder_name, load_experiment, run_experim
 from rdtrain.compare.samples import side_by_side
 from rdtrain.config import load_config
 from rdtrain.data.commands import join_action
+from rdtrain.data.sharding import write_shards
 from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
 
@@ -118,6 +119,15 @@ def test_every_experiment_of_the_project_is_one(path):
 def test_what_is_wrong_with_a_file_is_said_before_anything_runs(experiment, calls, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         run_experiment(experiment(**changes), tmp_path / "output")
+    assert not calls
+
+
+def test_arms_with_different_validation_shards_are_refused_before_anything_runs(experiment, calls, tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("Another text, of some length. " * 50)
+    write_shards([tmp_path / "text.txt"], tokenizer, tmp_path / "other")
+    arms = ARMS | {"BPTT": [*ARMS["BPTT"], f"data.validation={tmp_path / 'other'}"]}
+    with pytest.raises(UserError, match="denoising blocks and BPTT in .* have different validation shards, .*: give all arms one"):
+        run_experiment(experiment(arms=arms), tmp_path / "output")
     assert not calls
 
 

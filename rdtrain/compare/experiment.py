@@ -32,6 +32,7 @@ from pathlib import Path
 
 from ..config import Config, build, config_to_yaml, load_config, override, read_yaml
 from ..data.output import report_folder, write_atomically
+from ..data.shards import ShardReader
 from ..errors import UserError
 from ..evaluate.arguments import add_arguments, settings_of
 from ..tables import bytes_text, markdown_lines
@@ -115,6 +116,7 @@ def run_experiment(path: Path, output: Path) -> str:
     _refuse_wrong_commands(path, experiment)
     report_folder(output)
     configs = {arm: load_config(path.parent / experiment.config, overrides) for arm, overrides in experiment.arms.items()}
+    _refuse_different_shards(path, configs)
     measured = {arm: _measure(arm, config, output, experiment) for arm, config in configs.items()}
     runs = [
         Run(arm, seed == experiment.seeds[0], _for_budget(arm, config, seed, experiment, measured[arm], output))
@@ -141,6 +143,15 @@ def _refuse_wrong_commands(path: Path, experiment: Experiment) -> None:
             reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
             raise UserError(f"'evaluate' in {path} holds what `rdtrain evaluate` does not take ({reason}): correct it") from None
         settings_of(arguments).check()
+
+
+def _refuse_different_shards(path: Path, configs: dict[str, Config]) -> None:
+    """UserError for arms whose validation shards differ, which the comparison would find once all runs have trained."""
+    arms = {ShardReader(config.data.validation).content_hash: arm for arm, config in configs.items()}
+    if len(arms) > 1:
+        names = " and ".join(list(arms.values())[:2])
+        raise UserError(f"{names} in {path} have different validation shards, so that their held-out NLLs would say nothing about each "
+                        "other: give all arms one data.validation")
 
 
 def _measure(arm: str, config: Config, output: Path, experiment: Experiment) -> dict:
