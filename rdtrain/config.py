@@ -7,7 +7,6 @@ config into one sentence before any work starts. A file may name another as its 
 import dataclasses
 import difflib
 import functools
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from .model.noise import NoiseSettings
 from .model.recurrent import ModelSettings
 from .objectives import ObjectiveSettings
 from .optimization import OptimizerSettings, ScheduleSettings
-from .yaml_loader import YamlLoader
+from .yaml_loader import YamlDumper, YamlLoader
 
 
 @dataclass
@@ -153,7 +152,8 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     tree = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
-    return build(Config, tree, "", str(path) if path is not None else "the command line")
+    places = [str(path)] * (path is not None) + ["the command line"] * (path is None or len(overrides) > 0)
+    return build(Config, tree, "", " and ".join(places))
 
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
@@ -166,18 +166,7 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
 
 def config_to_yaml(config: Config) -> str:
     """The whole config, defaults included, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-class _Loader(YamlLoader):
-    """PyYAML reads 3e-4 as a string (YAML 1.1); this reads it as the number that everybody means."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
+    return yaml.dump(dataclasses.asdict(config), Dumper=YamlDumper, sort_keys=False)
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -185,7 +174,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in seen:
         raise UserError(f"config {path} is its own base: remove the circle of `base:` lines")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist: give the path of a YAML file, for example configs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -216,7 +205,7 @@ def _apply_override(tree: dict, override: str) -> None:
     if not equals or len(keys) != 2 or not all(keys):
         raise UserError(f"override '{override}' is not of the form section.key=value, for example optimizer.learning_rate=3e-4")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, YamlLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     section = tree.setdefault(keys[0], {})

@@ -35,6 +35,20 @@ def test_overrides_win_and_numbers_are_read_as_everybody_means_them(tmp_path):
     config = load_config(file, ["optimizer.learning_rate=3e-4", "run.name=a name", "schedule.steps=null", "schedule.training_flops=2e12"])
     assert (config.optimizer.learning_rate, config.run.name) == (3e-4, "a name")
     assert (config.schedule.steps, config.schedule.training_flops) == (None, 2e12)
+    assert [load_config(None, [f"run.seed={text}"]).run.seed for text in ("0", "10", "1_000", "0x10")] == [0, 10, 1000, 16]
+
+
+@pytest.mark.parametrize("name", ["010", "1:30", "0b1", "'3e-4'", "'.5e3'", "'10'", "'0x1f'", "'yes'", "'.inf'"])
+def test_a_text_that_looks_like_a_number_comes_back_as_text(name, tmp_path):
+    config = load_config(None, [f"run.name={name}"])
+    (tmp_path / "copy.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "copy.yaml") == config and config.run.name == name.strip("'")
+
+
+def test_what_is_wrong_may_be_on_the_command_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("run: {seed: 1}")
+    with pytest.raises(UserError, match="'run.seed' in .*a.yaml and the command line is of the wrong type: .* integer, and it is '010'"):
+        load_config(tmp_path / "a.yaml", ["run.seed=010"])
 
 
 def test_a_base_is_read_first_and_only_what_differs_is_replaced(tmp_path):
