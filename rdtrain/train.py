@@ -1,8 +1,8 @@
 """The training loop: the one place where data, model, objective and engine meet.
 
-It reads top to bottom: open the data, build the model and its objective, hand both to an engine, restore the last checkpoint, and
-step. What a step computes is a function of (config, step): sample order, noise and learning rate hold no state of their own, and what
-an objective learns beside the weights is in every checkpoint, so a run that was stopped goes on exactly where it was.
+It reads top to bottom: prepare data and objective, build the model, hand both to an engine, restore the last checkpoint, and step. What a
+step computes is a function of (config, step): sample order, noise and learning rate hold no state of their own, and what an objective
+learns beside the weights is in every checkpoint, so a run that was stopped goes on exactly where it was.
 """
 
 import math
