@@ -50,7 +50,7 @@ class RecurrentDepthCache(Cache):
     @torch.no_grad()
     def _make(self, seeds: Tensor, padding: Tensor | None, capacity: int) -> None:
         model, sampling, iterations = self._model, self.sampling, self.iterations
-        self._seeds, self.capacity = seeds, capacity
+        self._seeds, self.capacity = seeds.clone(), capacity
         weight = model.embedding.weight
         like = torch.empty(0, dtype=working_dtype(weight), device=weight.device)  # under autocast, keys are not of the weights' dtype
         self._cache = make_cache(model, iterations, sampling, len(seeds), capacity, like)
@@ -61,6 +61,11 @@ class RecurrentDepthCache(Cache):
         sampling = replace(self.sampling, **self._drawing)
         self._chain = make_chain(self._model, self._noise, self.iterations, sampling, self._cache, TextRandom(self._seeds))
         self._chain.shapes_last = False
+
+    def seed_with(self, seeds: Tensor) -> None:
+        """Go on with these, int64 [B], for the noise of positions that are yet to come."""
+        self._check_rows(len(seeds))
+        self._seeds.copy_(seeds)
 
     def draw_with(self, **settings: float) -> None:
         """Sharpen and cut the prior of each iteration by these of a `Sampling`: temperature, top_k, top_p, min_p.
@@ -100,6 +105,9 @@ class RecurrentDepthCache(Cache):
         if iterations not in (None, self.iterations) or sampling not in (None, self.sampling):
             raise ValueError(f"the cache was started with {self.iterations} iterations and {self.sampling}: ask for the same, or leave "
                              "out past_key_values")
+        self._check_rows(batch)
+
+    def _check_rows(self, batch: int) -> None:
         if batch != len(self._seeds):
             raise ValueError(f"the cache holds {len(self._seeds)} sequences, and {batch} were given: start a new one")
 
@@ -142,6 +150,8 @@ class RecurrentDepthCache(Cache):
 
         As transformers' own caches have it: a positive number was once the length that stays, and is refused.
         """
+        if not self.started and tokens_to_remove:
+            raise ValueError("the cache is empty, and nothing can be cropped from it: leave crop out")
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}) could mean two things: crop(-n) forgets the last n positions")
         if tokens_to_remove:

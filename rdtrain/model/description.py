@@ -11,6 +11,7 @@ import torch
 
 from .noise import NoiseSchedule, NoiseSettings
 from .recurrent import ModelConfig
+from .tokenizer import TOKENIZER_FILES
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -51,15 +52,20 @@ def check_format(number: Any) -> None:
         raise ValueError(f"its format is {number!r}, and this code reads {FORMAT}")
 
 
-def check_generation_config(folder: Path) -> None:
-    """ValueError where a generation_config.json is there and is not whole: transformers goes on without it, and no text would end."""
-    file = folder / "generation_config.json"
-    try:
-        whole = not file.exists() or isinstance(json.loads(file.read_text()), dict)
-    except (OSError, ValueError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{file} is not whole: export the model again")
+def check_files_beside(folder: Path) -> None:
+    """ValueError where a file that transformers goes on without is missing or not whole.
+
+    Without generation_config.json no text would end, and without tokenizer_config.json, where there is a tokenizer, none would begin with
+    its mark.
+    """
+    tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+    for file in (folder / "generation_config.json", *[folder / "tokenizer_config.json"] * tokenizer):
+        try:
+            whole = isinstance(json.loads(file.read_text()), dict)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{file} is missing or not whole: export the model again")
 
 
 def _checked(kind: type, values: Any, section: str) -> dict:
@@ -70,12 +76,13 @@ def _checked(kind: type, values: Any, section: str) -> dict:
     for name, value in values.items():
         if name not in types:
             raise ValueError(f"unknown setting {name} of the {section}")
-        if not _fits(value, types[name]):
+        if not fits(value, types[name]):
             raise ValueError(f"{section}.{name} cannot be {value!r}")
     return values
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, as dataclasses write it; a whole number may stand for another one."""
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     kinds = get_args(kind) or (kind,)

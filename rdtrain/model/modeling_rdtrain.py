@@ -26,14 +26,23 @@ from .cache import CachePlace
 from .chain_cache import RecurrentDepthCache
 from .configuration_rdtrain import RecurrentDepthConfig
 from .denoiser import denoise_state
-from .description import check_generation_config
-from .exceptions import first_line
+from .description import check_files_beside
 from .recurrent import MOST_ITERATIONS, RecurrentDepthLM, initial_state
 from .sampling import Sampling
 from .solvers import euler_step
 from .text_random import STATE, PositionRandom, TextRandom, row_seeds
-from .transformers_arguments import CHAIN_SETTINGS, drawing_settings, fill_in, mean_loss, padding_columns, seed_list
-from .weights import read_file, weight_files
+from .transformers_arguments import (
+    CHAIN_SETTINGS,
+    chain_sampling,
+    drawing_settings,
+    fill_in,
+    generation_seeds,
+    mean_loss,
+    padding_columns,
+    refuse_what_does_not_go,
+    seed_list,
+)
+from .weights import not_whole, refuse_changed
 
 # Drawn outside of compiled code: a C++ compiler takes whole numbers never to overflow, as these do, and so computes others (torch 2.13).
 # Here, and not where they are defined, as torch's own compiler takes time to load and nothing else compiles them.
@@ -87,6 +96,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["RecurrentDepthLM"]
     _supports_sdpa = True
     _is_stateful = True  # its cache cannot check the tokens that another model proposes
+    accepts_loss_kwargs = True  # Trainer looks here whether to give num_items_in_batch
 
     def __init__(self, config: RecurrentDepthConfig):
         super().__init__(config)
@@ -105,14 +115,16 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if pretrained_model_name_or_path is not None:
             folder = Path(pretrained_model_name_or_path, settings.get("subfolder") or "")
-            _refuse_changed_weights(folder)
-            check_generation_config(folder)
+            refuse_changed(folder)
+            if folder.is_dir():
+                check_files_beside(folder)
+                pretrained_model_name_or_path = Path(pretrained_model_name_or_path).absolute()  # `save_pretrained` copies from there
         try:
             model, found = super().from_pretrained(
                 pretrained_model_name_or_path, *arguments, output_loading_info=True, **settings | {"use_safetensors": True}
             )
         except (SafetensorError, OSError) as error:
-            raise ValueError(_not_whole(pretrained_model_name_or_path, error)) from None
+            raise ValueError(not_whole(pretrained_model_name_or_path, error)) from None
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
@@ -165,7 +177,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
         attention_mask: [B, T] and, with a cache, [B, past + T]; 0 at the left is padding, and at the right of a text that is scored.
         labels: as input_ids, -100 where a token does not count; each is predicted from those before it. num_iterations: K, as trained where
-        None. seed: of the noise: one for all sequences (0 where None) or one for each; a cache keeps that which it was started with.
+        None. seed: of the noise: one for all sequences (0 where None) or one for each; a cache goes on with those it has where None.
         solver ... cache_order: the chain's, as in `Sampling`. logits_to_keep: the last so many positions, or all where 0, of a text that is
         scored. num_items_in_batch: what the sum of cross-entropies is divided by; the number of labels where None.
         A text that is scored may hold several documents, each begun by bos, which a model that was trained so keeps apart.
@@ -173,7 +185,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self._check_ids(input_ids)
         given = {name: value for name, value in locals().items() if name in CHAIN_SETTINGS and value is not None}
-        sampling = Sampling(**given)
+        sampling = chain_sampling(given)
         if sampling.changes_the_chain and not self.denoising:
             raise ValueError("solver and chain_* are settings of a denoising model, and this one is not: leave them out")
         chained = past_key_values is not None or bool(use_cache)
@@ -225,6 +237,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             cache.start(self.model, self.noise, self._iterations(iterations), sampling or Sampling(), self._seeds(seed, ids), padding)
         else:
             cache.check(self.model, iterations, sampling, len(ids))
+            if seed is not None:
+                cache.seed_with(self._seeds(seed, ids))
             if mask is not None and not (torch.compiler.is_compiling() or ids.shape[1] == 1 and ids.is_cuda):  # as in `_check_ids`
                 cache.check_mask(mask, ids.shape[1])
         states, logits = [], []
@@ -344,22 +358,25 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         estimate = model.expected_embedding(logits)
         return RecurrentDepthStep(state=euler_step(state, estimate, *levels[iteration : iteration + 2]), logits=logits, estimate=estimate)
 
-    def prepare_inputs_for_generation(self, *arguments, tokenizer=None, **kwargs) -> dict:  # transformers looks for the name `kwargs`
-        """As transformers has it, without the tokenizer that `generate` is given to end texts at strings, and hands on."""
-        return super().prepare_inputs_for_generation(*arguments, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids: Tensor, tokenizer=None, seed=None, **kwargs) -> dict:  # it looks for `kwargs`
+        """As transformers has it, without the tokenizer that `generate` is given to end texts at strings, and but at the first step without
+        a seed, which the cache has by then. ValueError for a text that does not go beyond the cache: transformers would go on all the same.
+        """
+        new, given = kwargs.get("next_sequence_length"), input_ids.shape[1]
+        if new is not None and new < 1:
+            raise ValueError(f"the cache holds {given - new} positions, and a text of {given} tokens is to go on: give those that it holds "
+                             "and at least one more, or crop it")
+        first = kwargs.get("is_first_iteration")
+        return super().prepare_inputs_for_generation(input_ids, **kwargs) | ({"seed": seed} if first else {})
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int,
                                       max_cache_length: int) -> None:
         """Called by `generate`: settings that its config has, a cache with room for all that is to come, and a seed for each sequence.
 
-        Where no seed is given, sampling draws seeds from torch's own generator and greedy search takes 0. Copies of one prompt, but for the
-        beams of a search, count on from its seed: they would all be the same text.
+        Greedy search that is given none goes on with those of the cache.
         """
-        if generation_config.use_cache is False or generation_config.cache_implementation is not None:
-            raise ValueError("this model generates with a cache of its own: leave use_cache and cache_implementation as they are")
-        if generation_config.prefill_chunk_size is not None:  # the last token of each piece would be denoised, as if its next were unknown
-            raise ValueError("this model reads a prompt in one pass: leave out prefill_chunk_size")
-        fill_in(model_kwargs, generation_config)
+        refuse_what_does_not_go(generation_config, model_kwargs)
+        fill_in(model_kwargs, generation_config, self.generation_config)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             cache = model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
@@ -367,14 +384,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             _check_kind(cache)
             cache._is_user_defined = True  # as transformers marks it
         cache.draw_with(**drawing_settings(generation_config))
-        copies = 1 if generation_config.num_beams > 1 else generation_config.num_return_sequences
-        beams, seed = generation_config.num_beams, model_kwargs.get("seed")
-        if seed is None:
-            seed = torch.randint(2**62, (batch_size,)).tolist() if generation_config.do_sample else 0
-        seeds = seed_list(seed, batch_size)
-        if len(seeds) == batch_size:
-            seeds = [one + copy for one in seeds for copy in range(copies) for _ in range(beams)]
-        model_kwargs["seed"] = seeds
+        seed = model_kwargs.get("seed")
+        if not cache.started or seed is not None or generation_config.do_sample:
+            model_kwargs["seed"] = generation_seeds(seed, generation_config, batch_size)
 
 
 def _check_iteration(iteration: int, iterations: int) -> None:
@@ -385,17 +397,3 @@ def _check_iteration(iteration: int, iterations: int) -> None:
 def _check_kind(cache) -> None:
     if not isinstance(cache, RecurrentDepthCache):
         raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
-
-
-def _refuse_changed_weights(folder: Path) -> None:
-    """ValueError where weights are not those that were written, by the checksums, which transformers knows nothing of."""
-    try:
-        for path in weight_files(folder):
-            if path.exists():  # transformers says what is missing
-                read_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ValueError(_not_whole(folder, error)) from None
-
-
-def _not_whole(folder, error: Exception) -> str:
-    return f"the weights in {folder} are not whole ({first_line(error)}): export the model again"

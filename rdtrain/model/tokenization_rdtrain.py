@@ -39,7 +39,7 @@ class RecurrentDepthTokenizer(PreTrainedTokenizer):
         """
         if vocab_file is None:  # what transformers gives where it finds none
             raise ValueError("there is no tokenizer.model beside the tokenizer's other files: export the model again")
-        self._pieces = Tokenizer(vocab_file)
+        self._pieces = Tokenizer(Path(vocab_file).absolute())  # `save_vocabulary` copies it from there, wherever the program has gone to
         if tokenizer_hash not in (None, self._pieces.hash):
             raise ValueError(f"{vocab_file} is not the tokenizer that the model was trained with: export the model again")
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token

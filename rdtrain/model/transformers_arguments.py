@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .description import fits
 from .sampling import Sampling
 
-CHAIN_SETTINGS = {field.name for field in fields(Sampling)} - {"temperature", "top_k", "top_p", "min_p"}
-"""What of a Sampling `forward` takes: the rest is done by transformers' samplers."""
+CHAIN_SETTINGS = {field.name: field.type for field in fields(Sampling) if field.name not in ("temperature", "top_k", "top_p", "min_p")}
+"""What of a Sampling `forward` takes, and of which type: the rest is done by transformers' samplers."""
 
 
 def seed_list(seed, rows: int) -> list[int]:
@@ -17,21 +18,65 @@ def seed_list(seed, rows: int) -> list[int]:
 
     ValueError for anything else.
     """
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    seeds = [given] * rows if isinstance(given, int) else list(given) if isinstance(given, list | tuple | range) else [None]
+    given = _plain(seed)
+    given = [given] * rows if isinstance(given, int) else given
+    seeds = [_plain(one) for one in given] if isinstance(given, list | tuple | range) else [None]
     if not all(isinstance(one, int) for one in seeds):
         raise ValueError(f"seed must be a whole number or a list of them, and it is {seed!r}")
     return seeds
 
 
-def fill_in(given: dict, config) -> None:
+def generation_seeds(seed, config, prompts: int) -> list[int]:
+    """One for each row that `generate` makes of so many prompts. ValueError as `seed_list` has it.
+
+    Where no seed is given, sampling draws seeds from torch's own generator and greedy search takes 0. Copies of one prompt, but for the
+    beams of a search, count on from its seed: they would all be the same text.
+    """
+    if seed is None:
+        seed = torch.randint(2**62, (prompts,)).tolist() if config.do_sample else 0
+    seeds, copies = seed_list(seed, prompts), 1 if config.num_beams > 1 else config.num_return_sequences
+    if len(seeds) != prompts:  # for each row already, or refused where it has to be one for each
+        return seeds
+    return [one + copy for one in seeds for copy in range(copies) for _ in range(config.num_beams)]
+
+
+def _plain(value):
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def chain_sampling(given: dict) -> Sampling:
+    """The Sampling of settings by name. ValueError, in one sentence, for values that are none, also of another type."""
+    given = {name: _plain(value) for name, value in given.items()}
+    for name, value in given.items():
+        if not fits(value, CHAIN_SETTINGS[name]):
+            kind = {int: "a whole number", str: "a name"}.get(CHAIN_SETTINGS[name], "a number")
+            raise ValueError(f"{name} must be {kind}, and it is {value!r}")
+    return Sampling(**given)
+
+
+def fill_in(given: dict, config, own) -> None:
     """Adds to what `forward` is given what a generation_config says of the chain, its iterations and its seed.
 
-    `generate` moves arguments there that the config has already, and leaves those alone that only the config has.
+    `generate` moves arguments there that the config has already, and leaves those alone that only the config has. own: the config of the
+    model, before that: its threshold is one of its own exit, and not of another one that is asked for.
     """
     for name in (*CHAIN_SETTINGS, "num_iterations", "seed"):
         if given.get(name) is None and getattr(config, name, None) is not None:
             given[name] = getattr(config, name)
+    if given.get("exit") != getattr(own, "exit", None) and given.get("exit_threshold") == getattr(own, "exit_threshold", None):
+        given.pop("exit_threshold", None)
+
+
+def refuse_what_does_not_go(config, given: dict) -> None:
+    """ValueError, in one sentence, for what `generate` offers and this model cannot do. given: what it hands on to `forward`."""
+    if config.use_cache is False or config.cache_implementation is not None:
+        raise ValueError("this model generates with a cache of its own: leave use_cache and cache_implementation as they are")
+    if config.prefill_chunk_size is not None:  # the last token of each piece would be denoised, as if its next were unknown
+        raise ValueError("this model reads a prompt in one pass: leave out prefill_chunk_size")
+    if config.guidance_scale not in (None, 1):  # its second pass is told neither the iterations and settings of the chain nor the seed
+        raise ValueError("this model cannot be guided by a second prompt, whose chain would be another one: leave out guidance_scale")
+    if given.get("output_iteration_logits"):
+        raise ValueError("generate gives out no iteration_logits: ask forward for them, or leave out output_iteration_logits")
 
 
 def drawing_settings(config) -> dict[str, float]:

@@ -9,9 +9,11 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .exceptions import first_line
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -59,6 +61,21 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if written not in (None, checksum(tensors)):
         raise ValueError(f"{path.name} has changed since it was written, by its checksum")
     return tensors
+
+
+def refuse_changed(folder: Path) -> None:
+    """ValueError where weights are not those that were written, by the checksums, which transformers knows nothing of."""
+    try:
+        for path in weight_files(folder):
+            if path.exists():  # transformers says what is missing
+                read_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(not_whole(folder, error)) from None
+
+
+def not_whole(folder: Path | str, error: Exception) -> str:
+    """What is said of weights that cannot be read."""
+    return f"the weights in {folder} are not whole ({first_line(error)}): export the model again"
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:

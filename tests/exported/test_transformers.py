@@ -46,7 +46,8 @@ def test_every_row_of_a_padded_batch_is_what_our_own_generation_of_its_prompt_al
     other = model.generate(**padded(PROMPTS[::-1]), **settings | {"seed": [7, 6, 5]})
     assert torch.equal(other.sequences[:, -5:], out.sequences[:, -5:].flip(0))
     as_tensor = model.generate(**padded(), **settings | {"seed": torch.tensor(settings["seed"])})
-    assert torch.equal(as_tensor.sequences, out.sequences)
+    of_numpy = model.generate(**padded(), **settings | {"seed": list(as_tensor.sequences.new_tensor(settings["seed"]).numpy())})
+    assert torch.equal(as_tensor.sequences, out.sequences) and torch.equal(of_numpy.sequences, out.sequences)
     reseeded = model.generate(**padded(), **settings | {"seed": 8})
     assert (reseeded.logits[0] - out.logits[0]).abs().max() > 0.01
 
@@ -75,6 +76,9 @@ def test_settings_that_the_generation_config_has_reach_the_chain_and_the_call_pr
         found, other = cache(one), cache(one, num_iterations=2, exit="never", seed=8)
         assert (found.iterations, asdict(found.sampling), found._seeds) == (3, asdict(asked.sampling), asked._seeds)
         assert (other.iterations, asdict(other.sampling), other._seeds.tolist()) == (2, asdict(Sampling(caches=2)), [8])
+    model.generation_config.exit_threshold = 2.0
+    for exit, threshold in (("argmax", 2.0), ("never", None), ("kl", 0.001)):
+        assert cache(model, exit=exit).sampling.exit_threshold == threshold, "a threshold is one of the exit beside it"
     model.generation_config.num_iterations = 0
     with pytest.raises(ValueError, match="num_iterations must be a whole number from 1"):
         cache(model)
@@ -119,6 +123,23 @@ def test_the_cache_grows_goes_back_takes_other_rows_and_serves_several_turns(bot
     assert len(second.hidden_states) == 5 and all(len(token) == 4 for token in second.hidden_states)  # before and after 3 iterations
 
 
+def test_texts_that_go_on_from_copies_of_a_cache_have_the_seeds_that_they_are_given(denoiser):
+    model, ids = denoiser[2], torch.tensor(PROMPTS[:1])
+    start = model(ids[:, :-1], use_cache=True, num_iterations=4, seed=5).past_key_values
+
+    def logits(**settings):
+        cache = deepcopy(start)
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=2, output_logits=True, return_dict_in_generate=True, **settings)
+        return out.logits[0], cache._seeds.tolist()
+
+    kept, other = logits(do_sample=False), logits(do_sample=False, seed=6)
+    assert kept[1] == [5] and other[1] == [6] and (kept[0] - other[0]).abs().max() > 0.01
+    assert torch.equal(other[0], logits(do_sample=False, seed=6)[0]) and torch.equal(kept[0], logits(do_sample=False, seed=5)[0])
+    assert logits(do_sample=True)[1] != logits(do_sample=True)[1] and start._seeds.tolist() == [5]
+    by_hand = [model(ids[:, -1:], past_key_values=deepcopy(start), **seed).logits for seed in ({}, {"seed": 5}, {"seed": 6})]
+    assert torch.equal(by_hand[0], by_hand[1]) and (by_hand[0] - by_hand[2]).abs().max() > 0.01
+
+
 def written_out(ours, prompt, seed, iterations):
     """Logits [T, V] of a text's positions, from the formulas: one pass at sigma_max, or K iterations from a random state."""
     width, table = ours.config.width, ours.embedding.weight.double()
@@ -154,6 +175,7 @@ def test_a_text_is_scored_by_its_honest_likelihood_whatever_its_padding(both):
     assert scored.loss.item() == pytest.approx(total / count, rel=1e-4)
     halved = model(**batch, labels=labels, seed=[5, 6, 7], num_items_in_batch=2 * count).loss
     assert halved.item() == pytest.approx(total / count / 2, rel=1e-4)
+    assert model.accepts_loss_kwargs, "transformers' Trainer gives num_items_in_batch only where it finds this"
     assert torch.equal(model(**batch, labels=labels.int(), seed=[5, 6, 7]).loss, scored.loss)
     last = model(**batch, seed=[5, 6, 7], logits_to_keep=1).logits
     torch.testing.assert_close(last, scored.logits[:, -1:])
@@ -220,6 +242,15 @@ def test_saved_and_pickled_models_are_the_same_and_run_as_exports_do(both, load,
     assert torch.equal(again[0].generate(**padded(), **GREEDY, seed=1), model.generate(**padded(), **GREEDY, seed=1))
     assert AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)("a\n  b").input_ids == hf_tokenizer("a\n  b").input_ids
     assert pickle.loads(pickle.dumps(hf_tokenizer))("a\n  b").input_ids == hf_tokenizer("a\n  b").input_ids
+
+
+def test_what_was_loaded_by_a_relative_name_is_saved_from_another_folder(denoiser, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(denoiser[1].parent)
+    parts = load(denoiser[1].name), AutoTokenizer.from_pretrained(denoiser[1].name, trust_remote_code=True)
+    monkeypatch.chdir(tmp_path)
+    for part in parts:
+        part.save_pretrained(tmp_path / "again")
+    assert {file.name for file in denoiser[1].iterdir()} <= {file.name for file in (tmp_path / "again").iterdir()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
