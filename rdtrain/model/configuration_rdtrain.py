@@ -64,6 +64,11 @@ class RecurrentDepthConfig(PretrainedConfig):
         """K, as it was trained: what generation runs where it is told nothing else."""
         return self.model["iterations"]
 
+    @num_iterations.setter
+    def num_iterations(self, iterations: int) -> None:
+        raise ValueError("num_iterations of a configuration is what the model was trained with: set it in generation_config, or give it to "
+                         "generate")
+
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""

@@ -123,6 +123,8 @@ class ModelConfig(ModelSettings):
             raise ValueError(f"vocab_size must be at least 1, and it is {self.vocab_size}")
         if not 0 <= self.unused_tokens < self.vocab_size:
             raise ValueError(f"unused_tokens must be at least 0 and below vocab_size={self.vocab_size}, and it is {self.unused_tokens}")
+        if self.document_mark is not None and not 0 <= self.document_mark < self.vocab_size:
+            raise ValueError(f"document_mark must be a token below vocab_size={self.vocab_size}, and it is {self.document_mark}")
         if self.initial_state not in ("normal", "zero"):
             raise ValueError(f"initial_state must be normal or zero, and it is {self.initial_state}")
 

@@ -113,6 +113,8 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, load, tmp
         ("/tokenizer_config.json is missing or not whole", load, lambda folder: (folder / "tokenizer_config.json").unlink()),
         ("are not of the shapes", load, described(mlp_width=64)),
         ("heads must be at least 1", AutoConfig.from_pretrained, described(heads=0)),
+        ("document_mark must be a token below vocab_size=800, and it is 900", AutoConfig.from_pretrained, described(document_mark=900)),
+        ("set it in generation_config, or give it", AutoConfig.from_pretrained, lambda folder: settings(folder, num_iterations=4)),
         ("unknown setting wings", AutoConfig.from_pretrained, lambda folder: settings(folder, model={"wings": 2, "vocab_size": 8})),
         ("max_position_embeddings must be a whole number from 1 on, and it is 'x'", AutoConfig.from_pretrained,
          lambda folder: settings(folder, max_position_embeddings="x")),
