@@ -46,6 +46,7 @@ class RecurrentDepthCache(Cache):
         self._model, self._noise, self.iterations, self.sampling = model, noise, iterations, sampling
         self._make(seeds, padding, max(self.capacity, SMALLEST))
 
+    @torch.compiler.disable  # of sizes that change from text to text, which compiled code makes symbols of
     @torch.inference_mode(False)  # or what is made in inference mode could not be written to outside of it
     @torch.no_grad()
     def _make(self, seeds: Tensor, padding: Tensor | None, capacity: int) -> None:

@@ -276,6 +276,11 @@ def test_a_compiled_forward_gives_what_the_plain_one_does(denoiser):
         torch.testing.assert_close(torch.compile(model)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
         states = [call(ids, seed=5) for call in (torch.compile(model.initial_state), model.initial_state)]
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-3)
+    compiled = deepcopy(model)
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    for count in (2, 70):  # caches of two sizes
+        settings = GREEDY | {"num_iterations": 1, "max_new_tokens": count}
+        assert torch.equal(compiled.generate(ids, **settings), model.generate(ids, **settings))
     torch._dynamo.reset()
 
 
