@@ -23,6 +23,12 @@ from .text_random import TextRandom
 SMALLEST = 64  # positions that there is room for at least
 
 
+def check_kind(cache) -> None:
+    """ValueError for a cache of transformers' own."""
+    if not isinstance(cache, RecurrentDepthCache):
+        raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
+
+
 class RecurrentDepthCache(Cache):
     """Keys and values of each (iteration, layer). capacity: positions that there will be, where that is known."""
 

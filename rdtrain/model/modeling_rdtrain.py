@@ -23,7 +23,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .cache import CachePlace
-from .chain_cache import RecurrentDepthCache
+from .chain_cache import RecurrentDepthCache, check_kind
 from .configuration_rdtrain import RecurrentDepthConfig
 from .denoiser import denoise_state
 from .description import check_files_beside
@@ -171,7 +171,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         chain_top_p: float | None = None, chain_top_k: int | None = None, chain_readout: str | None = None, exit: str | None = None,
         exit_threshold: float | None = None, exit_minimum: int | None = None, caches: int | None = None, cache_order: str | None = None,
         output_hidden_states: bool | None = None, output_iteration_logits: bool | None = None, logits_to_keep: int = 0,
-        num_items_in_batch: Tensor | int | None = None, return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None, return_dict: bool | None = None, inputs_embeds: None = None,
+        output_attentions: bool | None = None,
     ) -> RecurrentDepthOutput | tuple:
         """input_ids [B, T] -> logits; see the top of this file for what they are with and without a cache.
 
@@ -180,9 +181,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         None. seed: of the noise: one for all sequences (0 where None) or one for each; a cache goes on with those it has where None.
         solver ... cache_order: the chain's, as in `Sampling`. logits_to_keep: the last so many positions, or all where 0, of a text that is
         scored. num_items_in_batch: what the sum of cross-entropies is divided by; the number of labels where None.
+        inputs_embeds, output_attentions: refused; peft gives them in any case.
         A text that is scored may hold several documents, each begun by bos, which a model that was trained so keeps apart.
         ValueError, in one sentence, for token ids out of range, no tokens, and settings that do not go together.
         """
+        if inputs_embeds is not None or output_attentions:
+            raise ValueError("this model reads input_ids and gives out no attentions: leave out inputs_embeds and output_attentions")
         self._check_ids(input_ids)
         given = {name: value for name, value in locals().items() if name in CHAIN_SETTINGS and value is not None}
         sampling = chain_sampling(given)
@@ -231,7 +235,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _next(self, ids: Tensor, mask: Tensor | None, cache: RecurrentDepthCache | None, iterations: int | None,
               seed: int | list[int] | None, sampling: Sampling | None, wanted: tuple[bool, bool]) -> RecurrentDepthOutput:
         cache = RecurrentDepthCache() if cache is None else cache
-        _check_kind(cache)
+        check_kind(cache)
         if not cache.started:
             padding = padding_columns(mask, ids.shape, scored=False)
             cache.start(self.model, self.noise, self._iterations(iterations), sampling or Sampling(), self._seeds(seed, ids), padding)
@@ -381,7 +385,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None:
             cache = model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
         else:
-            _check_kind(cache)
+            check_kind(cache)
             cache._is_user_defined = True  # as transformers marks it
         cache.draw_with(**drawing_settings(generation_config))
         seed = model_kwargs.get("seed")
@@ -392,8 +396,3 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 def _check_iteration(iteration: int, iterations: int) -> None:
     if not (hasattr(iteration, "__index__") and 0 <= iteration < iterations):
         raise ValueError(f"iteration must be one of 0 to {iterations - 1}, and it is {iteration}")
-
-
-def _check_kind(cache) -> None:
-    if not isinstance(cache, RecurrentDepthCache):
-        raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")

@@ -37,6 +37,8 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, load, tmp
         "labels must be whole numbers, and they are torch.float32": lambda: model(ids, labels=ids.float()),
         "must be .batch, tokens. with at least one token, and they are .0, 7.": lambda: model(ids[:0]),
         "attention_mask must be .1, 7., as input_ids are, and it is .2, 7.": lambda: model(ids, attention_mask=holes.new_ones(2, 7)),
+        "gives out no attentions": lambda: model(ids, output_attentions=True),
+        "this model reads input_ids": lambda: model(ids, inputs_embeds=torch.zeros(1, 7, 16)),
         "it is a DynamicCache: leave it out": lambda: model.generate(ids, past_key_values=DynamicCache()),
         "cannot be guided by a second prompt": lambda: model.generate(ids, guidance_scale=1.5),
         "gives out no iteration_logits": lambda: model.generate(ids, output_iteration_logits=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from rdtrain.model.generation import Sampling, TextGenerator, generate
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
@@ -331,6 +331,24 @@ def test_a_device_map_of_one_device_loads_the_same_weights(both, load):
         mapped = load(both[1], device_map=where)
         assert all(torch.equal(one, other) for one, other in zip(mapped.parameters(), both[2].parameters(), strict=True))
         assert torch.equal(mapped.generate(**padded(), **GREEDY, seed=1), both[2].generate(**padded(), **GREEDY, seed=1))
+
+
+def test_transformers_trainer_trains_an_adapter_of_peft_which_can_be_merged(denoiser, load, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(load(denoiser[1]), peft.LoraConfig(target_modules=["query_key_value", "output"], task_type="CAUSAL_LM"))
+    ids = torch.arange(24).view(4, 6)
+    labels = ids.masked_fill(ids > 20, -100)
+    rows = [{"input_ids": one, "labels": its} for one, its in zip(ids, labels, strict=True)]
+    told = TrainingArguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2, learning_rate=0.05,
+                             logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model=model, args=told, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[2] < losses[0]
+    whole = load(denoiser[1])(ids, labels=labels).loss.item()
+    assert losses[0] == pytest.approx(whole, rel=1e-5)  # the mean of all labels of a step, whatever its micro-batches
+    tokens = model.generate(**padded(), **GREEDY, seed=1)
+    assert torch.equal(model.merge_and_unload().generate(**padded(), **GREEDY, seed=1), tokens)
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
