@@ -36,7 +36,8 @@ class Exits:
         else:
             now = logits.float().log_softmax(-1)
             reference = 0 if kind == "entropy" else now if self._before is None else self._before
-            settled = (now.exp() * (now - reference)).sum(-1).abs() < threshold
+            change = (now - reference).masked_fill(now == -torch.inf, 0)  # of what was cut off, which would else make the sum NaN
+            settled = (now.exp() * change).sum(-1).abs() < threshold
             if kind == "kl" and self._before is None:
                 settled = torch.zeros_like(settled)
             self._before = now

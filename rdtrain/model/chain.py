@@ -167,7 +167,7 @@ class DenoisingChain(Chain):
                 gone = torch.ones_like(exits.rows, dtype=torch.bool) if last else exits.settled(logits[:, 0], k)
                 if gone.any():
                     which, stay = gone.nonzero().squeeze(1), gone.logical_not().nonzero().squeeze(1)
-                    exits.leave(which, self._final(state, evidence, logits, exits.rows, which, k, last), k)
+                    exits.leave(which, self._final(state, read, evidence, logits, exits.rows, which, k, last), k)
                     exits.keep(stay)
                     if not len(stay):
                         break
@@ -195,13 +195,20 @@ class DenoisingChain(Chain):
         read = self._part(RecurrentDepthLM.readout_from_core if from_core else RecurrentDepthLM.head)
         return read(self._model, hidden, evidence, self._inverse_lengths, self._shape if shaped else None)
 
-    def _final(self, state: Tensor, evidence: Tensor | None, logits: Tensor, rows: Tensor, which: Tensor, k: int, last: bool) -> Tensor:
-        """Logits [L, V] of the rows that leave: those of the coda, which has not run yet where the chain is read from the core."""
-        if self._sampling.chain_readout == "core" and not last:
+    def _final(self, state: Tensor, read: Tensor, evidence: Tensor | None, logits: Tensor, rows: Tensor, which: Tensor, k: int,
+               last: bool) -> Tensor:
+        """Logits [L, V] of the rows that leave, as the last iteration has them.
+
+        They are there but where the chain is read from the core, as the coda has not run yet, and where the last prior is left as it is.
+        """
+        from_core = self._sampling.chain_readout == "core"
+        if last or not from_core and (self.shapes_last or not self._shapes_priors):
+            return logits[which, 0]
+        hidden = read[which]
+        if from_core:
             self._cache.place.keep(rows[which])
             hidden = self._model.coda(state[which], self._levels[k].of_coda, self._coda_slots(k))
-            return self._read(hidden, evidence if evidence is None else evidence[which], k, True)[:, 0]
-        return logits[which, 0]
+        return self._read(hidden, evidence if evidence is None else evidence[which], k, True)[:, 0]
 
 
 class UnrolledChain(Chain):

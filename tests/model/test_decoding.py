@@ -243,6 +243,35 @@ def test_rows_settle_by_entropy_divergence_and_the_likeliest_token():
     assert settled(exit="argmax", exit_threshold=2) == [[False, False], [False, True], [True, True]]
 
 
+def test_rows_settle_by_what_is_left_where_tokens_are_cut_off(build_model):
+    """By a posterior readout each iteration's logits are of a prior cut as the sampling says: -inf for all other tokens."""
+    none = -torch.inf
+    path = torch.tensor([[[0.0, none, 0.0]], [[3.0, none, none]], [[5.0, none, none]], [[0.0, 1.0, none]]])
+
+    def settled(kind):
+        exits = Exits(Sampling(exit=kind), 1, 3, torch.device("cpu"))
+        return [exits.settled(logits, k).tolist() for k, logits in enumerate(path)]
+
+    assert settled("entropy") == [[False], [True], [True], [False]] and settled("kl") == [[False], [False], [True], [False]]
+    one = decoder(build_model(True, posterior_readout=True), Sampling(top_k=5, exit="entropy", exit_threshold=2.0))
+    written(one, length=3)
+    assert all((used == 1).all() for used in one.iterations_used[1:]), "five tokens have an entropy of 1.6 at most"
+
+
+def test_a_token_whose_iterations_end_early_has_the_prior_of_a_last_iteration(build_model):
+    """As it is, for transformers' samplers, which sharpen it themselves. The first iteration is the same at any temperature."""
+    model = build_model(True, posterior_readout=True)
+
+    def logits(temperature):
+        one = decoder(model, Sampling(temperature, exit="entropy", exit_threshold=99.0))._chain
+        one.shapes_last = False
+        with torch.inference_mode():
+            one(PROMPT[:, :1])  # a prompt, which has no exit
+            return one(PROMPT[:, 1:2])
+
+    torch.testing.assert_close(logits(0.3), logits(1.0))
+
+
 def test_bad_requests_of_a_decoder_are_refused_in_one_sentence(build_model):
     model = build_model(True)
     for match, call in (
