@@ -70,7 +70,8 @@ class Console:
         before = len(self.ids)
         if self._decoder is None:
             self._decoder = self.generator.decoder(1, self.context, self.iterations, self.sampling)
-        start = min(self._decoder.length, before + len(new) - 1)  # at least one token is handed in, also when the line is empty
+        # The last token is read anew: what is held of it may know another token behind it, of a turn undone or the end of the text.
+        start = min(self._decoder.length, before - 1)
         self._decoder.truncate(start)
         handed = (self.ids + new)[start:]
         pieces = self.generator.write(self._decoder, handed, self.seed, self.max_new_tokens)

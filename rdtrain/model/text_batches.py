@@ -5,11 +5,15 @@ each, in order: prompt, continuation, tokens (how many), ended, seed, setting, a
 Notable: started again, it keeps the whole lines of OUT and goes on behind them. What a prompt draws does not depend on its batch.
 """
 
+import codecs
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -21,7 +25,7 @@ def read_prompts(path: Path, seed: int) -> list[tuple[str, int]]:
     """(prompt, seed) of each line. ValueError, in one sentence with the line's number, for what is no such file."""
     prompts = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): correct the path") from None
     for number, line in enumerate(lines, start=1):
@@ -38,15 +42,32 @@ def read_prompts(path: Path, seed: int) -> list[tuple[str, int]]:
     return prompts
 
 
-def keep_whole_lines(path: Path, expected: list[dict]) -> int:
-    """How many lines of an output are whole; a part of one behind them is cut off. ValueError when they are not those of `expected`.
+@contextmanager
+def claimed(path: Path) -> Iterator[TextIO]:
+    """An output, open behind what it has, for this process alone: two would both write what neither has found there.
 
-    ValueError also for what is no file: a terminal or a device would be read without an end.
+    ValueError, in one sentence, for one that another process has, where the disk refuses, and for what is no file: a terminal or a device
+    would be read without an end.
     """
-    if not path.exists():
-        return 0
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file, which OUT must be, as its whole lines are kept: give another output")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            with suppress(ImportError):  # Windows has none
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"{path} is being written by another process: wait for its end, or give another output") from None
+            yield file
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): see to its disk and folder, and start the same command again, "
+                         "which keeps its whole lines") from None
+
+
+def keep_whole_lines(path: Path, expected: list[dict]) -> int:
+    """How many lines of an output are whole; a part of one behind them is cut off. ValueError when they are not those of `expected`."""
     *lines, part = path.read_bytes().split(b"\n")
     for number, line in enumerate([*lines, part] if part else lines):
         try:
@@ -86,11 +107,11 @@ def continue_prompts(generator: TextGenerator, source: Path, output: Path, itera
         number = next(number for number, one in enumerate(ids, start=1) if len(one) == longest)
         raise ValueError(f"prompt {number} of {source} has {longest} tokens, and with {max_new_tokens} more it is longer than the "
                          f"{context} that the cache holds: shorten it, or raise --context")
-    done = keep_whole_lines(output, [{"prompt": prompt, "seed": one, "setting": setting} for prompt, one in prompts])
-    batch = max(1, min(batch, len(prompts) - done))
-    decoder = generator.decoder(batch, longest + max_new_tokens, iterations, sampling)
-    progress = Progress(len(prompts), done)
-    with output.open("a", encoding="utf-8") as file:
+    with claimed(output) as file:
+        done = keep_whole_lines(output, [{"prompt": prompt, "seed": one, "setting": setting} for prompt, one in prompts])
+        batch = max(1, min(batch, len(prompts) - done))
+        decoder = generator.decoder(batch, longest + max_new_tokens, iterations, sampling)
+        progress = Progress(len(prompts), done)
         for start in range(done, len(prompts), batch):
             rows = list(range(start, min(start + batch, len(prompts))))
             rows += rows[-1:] * (batch - len(rows))  # a decoder's batch has one size

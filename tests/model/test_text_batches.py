@@ -1,17 +1,19 @@
 """A file of prompts and a conversation: what is written is what each prompt gives alone, and what is wrong is said in one sentence."""
 
+import errno
 import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rdtrain.model.console import Console
 from rdtrain.model.generation import TextGenerator
 from rdtrain.model.noise import NoiseSchedule, NoiseSettings
 from rdtrain.model.sampling import Sampling
-from rdtrain.model.text_batches import continue_prompts
+from rdtrain.model.text_batches import claimed, continue_prompts, read_prompts
 
 PROMPTS = ["The function returns", "", "A", "\u00e9\U0001f600 \x00", "The list of the"]
 
@@ -73,6 +75,27 @@ def test_an_output_that_is_no_file_is_refused_and_not_read(generator, source, ou
         continue_prompts(generator, source, Path(output), 3, Sampling(), 0, 9, 2, 64)
 
 
+def test_an_output_that_another_process_writes_or_the_disk_refuses_is_left_alone(generator, source, tmp_path, monkeypatch):
+    """Two would both write the lines that neither found there."""
+    output = tmp_path / "out.jsonl"
+    with claimed(output), pytest.raises(ValueError, match="^.*out.jsonl is being written by another process: wait for its end, or"):
+        continue_prompts(generator, source, output, 3, Sampling(), 0, 2, 2, 64)
+    with pytest.raises(ValueError, match="^.*missing/out.jsonl cannot be written .No such file or directory.: see to its disk and folder"):
+        continue_prompts(generator, source, tmp_path / "missing/out.jsonl", 3, Sampling(), 0, 2, 2, 64)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rdtrain.model.text_batches.os.fsync", full)
+    with pytest.raises(ValueError, match="^.*out.jsonl cannot be written .No space left on device.: .* which keeps its whole lines$"):
+        continue_prompts(generator, source, output, 3, Sampling(), 0, 2, 2, 64)
+
+
+def test_a_file_of_prompts_from_windows_is_read(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "The"}\r\n{"prompt": "A"}\r\n\r\n')
+    assert read_prompts(tmp_path / "in.jsonl", 3) == [("The", 3), ("A", 4)]
+
+
 def test_a_file_that_is_no_output_of_these_prompts_stays_as_it_is(generator, tmp_path):
     """IN itself, which lacks its last line end, among them: what looks like half a line is cut off only where it begins as ours do."""
     source = tmp_path / "in.jsonl"
@@ -106,6 +129,18 @@ def test_a_conversation_goes_on_from_turn_to_turn_and_back(generator, capsys):
     assert "temperature 0.0" in (settings := said(":settings")) and "k 3" in settings and "MiB" in settings
     said(":reset"), said(":temperature 1"), said(":k 2")
     assert said("The") == first and said(":text") == "The" + first
+
+
+def test_nothing_of_a_turn_that_was_undone_stays_in_the_cache(generator):
+    """A position's iterations know the token behind it: the last one of the turn before is read anew."""
+    straight, astray = (Console(generator, 3, Sampling(), 4, 6, 64) for _ in range(2))
+    straight.turn("The"), astray.turn("The")
+    astray.turn(" list of"), astray.command(":undo")
+    straight.turn(" next"), astray.turn(" next")
+    assert straight.ids == astray.ids
+    length = straight._decoder.length
+    for one, other in zip(straight._decoder.cache._stores, astray._decoder.cache._stores):
+        assert torch.equal(one[0][..., :length, :], other[0][..., :length, :])
 
 
 def test_a_conversation_survives_what_is_wrong_in_it(generator, monkeypatch, capsys):
