@@ -130,6 +130,8 @@ def test_compiled_layers_write_the_same_text(exported, alone, tmp_path, monkeypa
 def test_the_generate_command_passes_its_arguments_on(exported, rdtrain):
     result = rdtrain("generate", exported, "--prompt", "A", "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5")
     assert result.returncode == 0 and result.stderr.count("K = 2") == 2, result.stderr
+    again = rdtrain("generate", exported, "--prompt", "B\n", "--iterations", "2", "--max-new-tokens", "5", "--seed", "1")
+    assert result.stdout.endswith("\n" + again.stdout), "the seeds of several texts count on"
     chain = ("--solver", "ancestral", "--chain-temperature", "0.9", "--chain-top-p", "0.9", "--min-p", "0.01")
     changed = rdtrain("generate", exported, "--prompt", "A", "--iterations", "2", "--max-new-tokens", "5", *chain)
     if json.loads((exported / "config.json").read_text())["model"]["noise_conditioning"]:

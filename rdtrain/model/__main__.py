@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--caches", type=int, default=0, help="key-value caches that the K iterations share: less memory, other text; 0 "
                         "gives each its own, 1 keeps the last iteration's alone")
     parser.add_argument("--cache-order", default="adjacent", help="which iterations share one: adjacent, or cyclic (modulo --caches)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and of sampling")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and of sampling of the first text; others count on from it")
     parser.add_argument("--interactive", action="store_true", help="converse at the terminal, with the cache kept from turn to turn")
     parser.add_argument("--jsonl", type=Path, nargs=2, metavar=("IN", "OUT"), help='continue each {"prompt": TEXT} of a file; goes on '
                         "behind the whole lines that OUT has")
@@ -88,14 +88,14 @@ def main() -> None:
             continue_prompts(generator, *arguments.jsonl, iterations, sampling, arguments.seed, arguments.max_new_tokens, arguments.batch,
                              arguments.context)
             return
-        for prompt in arguments.prompt or [""]:
+        for seed, prompt in enumerate(arguments.prompt or [""], start=arguments.seed):
             print(prompt, end="", flush=True)
             started, count = time.perf_counter(), 0
             ids = generator.tokenizer.encode(prompt, bos=True)
             decoder = generator.decoder(
                 1, len(ids) + max(arguments.max_new_tokens, 0), iterations, sampling, use_cache=not arguments.no_cache
             )
-            for _, text in generator.write(decoder, ids, arguments.seed, arguments.max_new_tokens):
+            for _, text in generator.write(decoder, ids, seed, arguments.max_new_tokens):
                 print(text, end="", flush=True)
                 count += 1
             rate, used = count / (time.perf_counter() - started), [one.item() for one in decoder.iterations_used[:count]]
