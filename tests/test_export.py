@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rdtrain import export as export_module
 from rdtrain.checkpoint import load_weights
 from rdtrain.config import load_config
+from rdtrain.data.output import output_folder
 from rdtrain.errors import UserError
 from rdtrain.metrics import read_metrics
 from rdtrain.model.information import InformationCurve
 from rdtrain.model.noise import NoiseSchedule
 from rdtrain.model.recurrent import ModelConfig, RecurrentDepthLM
+from rdtrain.model.weights import write_weights
 from rdtrain.objectives import ObjectiveSettings, build_objective
 from rdtrain.randomness import SampleRandom
 from rdtrain.train import train
@@ -182,6 +185,17 @@ def test_a_model_that_has_diverged_is_refused(tiny_config, tmp_path):
     with pytest.raises(UserError, match="step-00000001 computes NaN in place of logits"):
         export_module.export(tmp_path / "run", tmp_path / "diverged")
     assert not list(tmp_path.glob("*diverged*"))
+
+
+def test_an_export_to_a_full_disk_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # what safetensors raises then
+
+    monkeypatch.setattr("rdtrain.model.weights.save_file", full)
+    with pytest.raises(UserError, match="^cannot write .*model .*No space left on device.*; make room there or choose another output$"):
+        with output_folder(tmp_path / "model", "config.json", False) as folder:
+            write_weights({"a": torch.zeros(3)}, folder, 1e9)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("exported", ["diffusion_blocks"], indirect=True)

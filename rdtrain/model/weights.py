@@ -19,7 +19,7 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, shard_bytes: float) -> None:
-    """Write a state dict; files are no larger than shard_bytes but where a single tensor is."""
+    """Write a state dict; files are no larger than shard_bytes but where a single tensor is. OSError when the disk refuses."""
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
@@ -30,7 +30,10 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, shard_bytes: float) 
         room -= tensor.nbytes
     names = [WHOLE] if len(shards) == 1 else [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, {"format": "pt", "crc32": checksum(shard)})
+        try:
+            save_file(shard, folder / name, {"format": "pt", "crc32": checksum(shard)})
+        except SafetensorError as error:  # which has the disk's own error as text
+            raise OSError(str(error)) from None
         (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
     if len(shards) > 1:
         index = {
