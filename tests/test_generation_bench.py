@@ -2,7 +2,9 @@
 
 import gc
 import json
+import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,14 +152,21 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, settings):
     for text, words in {
         "teacher": "there is no arm 'teacher': choose from", "blocks wings=2": "arm 'blocks wings=2' cannot be",
         "blocks top_k=x": "cannot be", "bptt solver=ancestral": "leave solver and chain_. to blocks", "blocks graph=x": "cannot be",
-        "blocks compile=1": "cannot be",
+        "blocks compile=1": "cannot be", "": "there is no arm ''",
     }.items():
         with pytest.raises(UserError, match=words):
             Arm.parse(text)
     parsed = Arm.parse("blocks graph=false compile=true chain_top_k=8 exit=kl exit_threshold=0.1")
     assert parsed.sampling == Sampling(chain_top_k=8, exit="kl", exit_threshold=0.1) and parsed.compile and not parsed.graph
-    with pytest.raises(UserError, match="is no exported folder: give one, or a config and the tokens"):
-        Subject.load("configs/70m.yaml", CPU)
+    for text in ("configs/70m.yaml", "configs/70m.yaml:0"):
+        with pytest.raises(UserError, match="is no exported folder: give one, or a config and the tokens"):
+            Subject.load(text, CPU)
+    with pytest.raises(UserError, match="^--iterations must be at most 65536, and it is 65537: give smaller numbers$"):
+        replace(settings, iterations=[1, 65537])
+    with pytest.raises(UserError, match="^--seconds must be positive and finite, and it is nan: leave it out for 0.4$"):
+        replace(settings, effort=Effort(seconds=math.nan))
+    with pytest.raises(UserError, match="^arm 'blocks chain_readout=core' cannot be of .*: chain_readout=core needs a model"):
+        measure_generation(replace(settings, arms=["blocks chain_readout=core"]), CPU)
     with pytest.raises(UserError, match="is not a whole exported model"):
         Subject.load(str(tmp_path), CPU)
     with pytest.raises(UserError, match="^--batches must be at least 1"):

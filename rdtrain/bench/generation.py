@@ -13,7 +13,9 @@ what is there, `--budget` begins no further case once it is spent. generation.md
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import statistics
 import time
 from collections import Counter
@@ -28,9 +30,10 @@ from ..distributed import World
 from ..errors import UserError, first_line, out_of_memory, user_errors_as_exit
 from ..estimate import model_on_paper
 from ..flops import generation_flops
+from ..model.chain import check_sampling
 from ..model.decoding import Decoder, cache_bytes
 from ..model.noise import NoiseSchedule
-from ..model.recurrent import ModelConfig, RecurrentDepthLM
+from ..model.recurrent import MOST_ITERATIONS, ModelConfig, RecurrentDepthLM
 from ..run_folder import start_facts
 from .generation_arms import KINDS, Arm, Subject, build, compile_layers, shape_of
 from .generation_report import page
@@ -214,6 +217,10 @@ class Settings:
         for name, values in numbers.items():
             if min(values) < 1:
                 raise UserError(f"{name} must be at least 1, and it is {min(values)}: give larger numbers")
+        if max(self.iterations) > MOST_ITERATIONS:
+            raise UserError(f"--iterations must be at most {MOST_ITERATIONS}, and it is {max(self.iterations)}: give smaller numbers")
+        if not 0 < self.effort.seconds < math.inf:
+            raise UserError(f"--seconds must be positive and finite, and it is {self.effort.seconds}: leave it out for {Effort.seconds}")
         if self.effort.new < 2:
             raise UserError(f"--new-tokens must be at least 2, and it is {self.effort.new}: the first is timed by itself")
 
@@ -224,6 +231,12 @@ def measure_generation(settings: Settings, device: torch.device) -> dict:
     started, effort = time.monotonic(), settings.effort
     torch._dynamo.config.recompile_limit = 64  # arms and batches share compiled functions, and would run uncompiled beyond torch's 8 kinds
     arms, subjects = [Arm.parse(text) for text in settings.arms], [Subject.load(text, device) for text in settings.models]
+    for subject, arm in itertools.product(subjects, arms):
+        if arm.kind == "blocks":
+            try:
+                check_sampling(subject.shape, arm.sampling)
+            except ValueError as error:
+                raise UserError(f"arm '{arm.name}' cannot be of {subject.name}: {error}") from None
     report = {"facts": start_facts(device.type), "device": device_name(device), "effort": asdict(effort), "complete": False}
     kept = _kept(settings.output, report) if settings.resume else {}
     report |= {"bandwidth": kept.get("bandwidth") or memory_bandwidth(device), "measurements": kept.get("measurements", [])}

@@ -38,7 +38,7 @@ class Arm:
     @classmethod
     def parse(cls, text: str) -> "Arm":
         """`KIND setting=value ...`, the settings being those of `Sampling`, `graph` and `compile`. UserError for what cannot be."""
-        kind, *settings = text.split()
+        kind, *settings = text.split() or [text]
         kinds = {one.name: one.type for one in fields(Sampling)}
         given, steps = {}, {}
         try:
@@ -80,7 +80,7 @@ class Subject:
                 raise UserError(f"{text} is not of denoising blocks, which all else is compared with: give one that is")
             return cls(Path(text).name, loaded.model.config, loaded.noise, loaded.model.embedding.weight.dtype, loaded.model)
         path, _, tokens = text.rpartition(":")
-        if not path or not tokens.isdigit():
+        if not path or not tokens.isdigit() or int(tokens) < 1:
             raise UserError(f"{text} is no exported folder: give one, or a config and the tokens of its vocabulary, as {EXAMPLE}")
         config = load_config(Path(path), ["objective.name=diffusion_blocks"])
         shape = objective_and_model(config, World(0, 1, 0, device), int(tokens), 0)[1]
