@@ -89,7 +89,7 @@ def main() -> None:
                              arguments.context)
             return
         for seed, prompt in enumerate(arguments.prompt or [""], start=arguments.seed):
-            print(prompt, end="", flush=True)
+            print("\n" * (seed > arguments.seed) + prompt, end="", flush=True)
             started, count = time.perf_counter(), 0
             ids = generator.tokenizer.encode(prompt, bos=True)
             decoder = generator.decoder(
