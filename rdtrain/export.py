@@ -30,6 +30,7 @@ from .data.output import output_folder
 from .errors import UserError
 from .metrics import read_metrics
 from .model import generation, recurrent
+from .model.exceptions import refusal_of_transformers
 from .model.noise import NoiseSchedule
 from .model.tokenizer import Tokenizer, tokenizer_file
 from .model.weights import write_weights
@@ -58,7 +59,7 @@ def export(source: Path, output: Path, overwrite: bool = False, shard_bytes: flo
         noise = NoiseSchedule.from_plain(config["noise"], config["information_curve"])
         settings, shape = ObjectiveSettings(**state["objective"]), model.config
         _verify(folder, source, model, noise, build_objective(settings, noise.settings, shape.iterations, shape.blocks))
-    tried = "and its class for transformers the same tokens" if transformers_5() else "and transformers 5 is not here to try its class"
+    tried = "and its class for transformers the same tokens" if transformers_fits() else "and transformers 5 is not here to try its class"
     print(f"{output}: exported from {source}; its own code gives the training model's logits and tokens bit for bit, {tried}")
 
 
@@ -136,10 +137,10 @@ def _transformers_files(tokenizer: Tokenizer) -> dict[str, dict]:
     }
 
 
-def transformers_5() -> bool:
+def transformers_fits() -> bool:
     """Whether transformers is installed, in the version that an export can be loaded with."""
     try:
-        return version("transformers").split(".")[0] == "5"
+        return refusal_of_transformers(version("transformers"), "model") is None
     except PackageNotFoundError:
         return False
 
@@ -166,7 +167,7 @@ def _verify(folder: Path, source: Path, model: recurrent.RecurrentDepthLM, noise
         for code, one, levels in ((generation, model, noise), (theirs, exported.model, exported.noise))
     ]
     assert torch.equal(*continuations), f"the exported model in {folder} continues a prompt otherwise than the training model"
-    if transformers_5():  # in fp32: its cache has room for other positions, over which attention in bf16 rounds otherwise
+    if transformers_fits():  # in fp32: its cache has room for other positions, over which attention in bf16 rounds otherwise
         whole = theirs.generate(exported.model.float(), ids, 4, iterations, exported.noise, theirs.Sampling(0.0), seed=[0, 0])
         continuation = _continued_by_transformers(folder, ids, iterations)
         expected = torch.stack(list(whole), dim=1)

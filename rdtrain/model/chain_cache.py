@@ -26,7 +26,7 @@ SMALLEST = 64  # positions that there is room for at least
 def check_kind(cache) -> None:
     """ValueError for a cache of transformers' own."""
     if not isinstance(cache, RecurrentDepthCache):
-        raise ValueError(f"past_key_values must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
+        raise ValueError(f"the cache must be a RecurrentDepthCache, and it is a {type(cache).__name__}: leave it out")
 
 
 class RecurrentDepthCache(Cache):
@@ -34,6 +34,7 @@ class RecurrentDepthCache(Cache):
 
     is_compileable = False
     is_croppable = True
+    is_linear = [False]  # of each layer: transformers reads a text anew, from 5.24 on, for a cache of which all are
 
     def __init__(self, capacity: int = 0):
         super().__init__(layers=[])
@@ -111,7 +112,7 @@ class RecurrentDepthCache(Cache):
             raise ValueError("the cache was started with another model, whose keys and values mean nothing to this one: start a new one")
         if iterations not in (None, self.iterations) or sampling not in (None, self.sampling):
             raise ValueError(f"the cache was started with {self.iterations} iterations and {self.sampling}: ask for the same, or leave "
-                             "out past_key_values")
+                             "out the cache")
         self._check_rows(batch)
 
     def _check_rows(self, batch: int) -> None:

@@ -1,7 +1,7 @@
 """The configuration of an exported model for Hugging Face transformers: what its config.json holds, checked.
 
 `AutoConfig.from_pretrained(FOLDER, trust_remote_code=True)` loads it. This file, modeling_rdtrain.py,
-chain_cache.py and tokenization_rdtrain.py are the only ones here that need transformers; nothing else imports them.
+chain_cache.py, transformers_outputs.py and tokenization_rdtrain.py are the only ones here that need transformers; no other imports them.
 """
 
 from dataclasses import asdict
@@ -9,15 +9,32 @@ from dataclasses import asdict
 import torch
 import transformers
 
-if transformers.__version__.split(".")[0] != "5":
-    raise ImportError(f"this model needs transformers 5, and {transformers.__version__} is installed: pip install 'transformers>=5,<6'")
+from .exceptions import first_line, refusal_of_transformers
+
+if refused := refusal_of_transformers(transformers.__version__, "model"):
+    raise ImportError(refused)
 
 from transformers import PretrainedConfig
 
 from .description import FORMAT, check_format, checked_dtype, checked_model, checked_noise
-from .exceptions import first_line
 from .noise import NoiseSchedule
 from .recurrent import ModelConfig
+
+# transformers before 5.10 takes along only files that are named in a line like these, and would miss the others before it is refused above.
+_FILES = """
+from .attention import
+from .byte_level_tokenizer import
+from .cache import
+from .checkpointing import
+from .compiled import
+from .halves import
+from .information import
+from .layers import
+from .linear_cross_entropy import
+from .sentencepiece_tokenizer import
+from .tokenizer import
+from .weight_copies import
+"""
 
 
 class RecurrentDepthConfig(PretrainedConfig):

@@ -5,7 +5,7 @@ of the files beside this one. `forward` answers two questions:
 
 - without a cache, how likely a text is: logits of all positions in one pass from pure noise (K iterations of an unrolled model), which
   are honest next-token distributions, and with labels their mean cross-entropy;
-- with one (`use_cache=True` or `past_key_values`), what comes next: the last of K iterations' logits for the last position alone, from
+- with one (`use_cache=True`, or a `cache`), what comes next: the last of K iterations' logits for the last position alone, from
   which `generate` draws with whatever samplers it is given. (Temperature, top-k, top-p and min-p also act on the priors of the iterations
   before: what those have settled no later sampler can change.)
 
@@ -13,14 +13,12 @@ All noise is a function of a sequence's seed and its own positions: a padded bat
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .cache import CachePlace
 from .chain_cache import RecurrentDepthCache, check_kind
@@ -42,38 +40,12 @@ from .transformers_arguments import (
     refuse_what_does_not_go,
     seed_list,
 )
+from .transformers_outputs import CACHE, RecurrentDepthOutput, RecurrentDepthStep
 from .weights import not_whole, refuse_changed
 
 # Drawn outside of compiled code: a C++ compiler takes whole numbers never to overflow, as these do, and so computes others (torch 2.13).
 # Here, and not where they are defined, as torch's own compiler takes time to load and nothing else compiles them.
 PositionRandom._halves = torch.compiler.disable(PositionRandom._halves)
-
-
-@dataclass
-class RecurrentDepthOutput(ModelOutput):
-    """What `forward` returns.
-
-    loss: mean cross-entropy in nats, where labels were given. logits: [B, T, V] without a cache, [B, 1, V] with one. past_key_values: the
-    cache. hidden_states: K + 1 latents, the state before the first iteration and after each, [B, T, d] without a cache and for an unrolled
-    model, [B, 1, d] of the last position in a denoiser's chain (whose last one is the expected embedding). iteration_logits: K tensors, as
-    logits, the last being those. iterations_used: int64 [B], where `exit` is set, of one token; None over a prompt, which has no exit.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: RecurrentDepthCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    iteration_logits: tuple[Tensor, ...] | None = None
-    iterations_used: Tensor | None = None
-
-
-@dataclass
-class RecurrentDepthStep(ModelOutput):
-    """One iteration by hand: the state after it [B, T, d], its logits [B, T, V], and the expected embedding under them [B, T, d]."""
-
-    state: Tensor | None = None
-    logits: Tensor | None = None
-    estimate: Tensor | None = None
 
 
 class UncachedSlot:
@@ -172,7 +144,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         exit_threshold: float | None = None, exit_minimum: int | None = None, caches: int | None = None, cache_order: str | None = None,
         output_hidden_states: bool | None = None, output_iteration_logits: bool | None = None, logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None, return_dict: bool | None = None, inputs_embeds: None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | None = None, cache: RecurrentDepthCache | None = None,
     ) -> RecurrentDepthOutput | tuple:
         """input_ids [B, T] -> logits; see the top of this file for what they are with and without a cache.
 
@@ -181,7 +153,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         None. seed: of the noise: one for all sequences (0 where None) or one for each; a cache goes on with those it has where None.
         solver ... cache_order: the chain's, as in `Sampling`. logits_to_keep: the last so many positions, or all where 0, of a text that is
         scored. num_items_in_batch: what the sum of cross-entropies is divided by; the number of labels where None.
-        inputs_embeds, output_attentions: refused; peft gives them in any case.
+        cache: what past_key_values is called by transformers from 5.24 on; either may be given. inputs_embeds, output_attentions: refused;
+        peft gives them in any case.
         A text that is scored may hold several documents, each begun by bos, which a model that was trained so keeps apart.
         ValueError, in one sentence, for token ids out of range, no tokens, and settings that do not go together.
         """
@@ -192,14 +165,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         sampling = chain_sampling(given)
         if sampling.changes_the_chain and not self.denoising:
             raise ValueError("solver and chain_* are settings of a denoising model, and this one is not: leave them out")
-        chained = past_key_values is not None or bool(use_cache)
+        cache = past_key_values if cache is None else cache
+        chained = cache is not None or bool(use_cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         wanted = bool(output_hidden_states), bool(output_iteration_logits)
         if chained:
             if labels is not None:
-                raise ValueError("labels are for a text that is scored, without a cache: leave out use_cache and past_key_values")
-            output = self._next(input_ids, attention_mask, past_key_values, num_iterations, seed, sampling if given else None, wanted)
+                raise ValueError("labels are for a text that is scored, without a cache: leave out use_cache and the cache")
+            output = self._next(input_ids, attention_mask, cache, num_iterations, seed, sampling if given else None, wanted)
         else:
             if given:
                 raise ValueError(f"{sorted(given)[0]} is a setting of generation: use it with use_cache=True")
@@ -261,8 +235,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if wanted[0] and self.denoising:
             states.append(last.float().softmax(-1).unsqueeze(1) @ self.model.unit_embeddings())
         return RecurrentDepthOutput(
-            logits=last.unsqueeze(1), past_key_values=cache, hidden_states=tuple(states) if wanted[0] else None,
-            iteration_logits=tuple(logits) if wanted[1] else None, iterations_used=cache.iterations_used,
+            logits=last.unsqueeze(1), hidden_states=tuple(states) if wanted[0] else None,
+            iteration_logits=tuple(logits) if wanted[1] else None, iterations_used=cache.iterations_used, **{CACHE: cache},
         )
 
     def _score(self, ids: Tensor, mask: Tensor | None, iterations: int | None, seed: int | list[int] | None, keep: int,
@@ -363,14 +337,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return RecurrentDepthStep(state=euler_step(state, estimate, *levels[iteration : iteration + 2]), logits=logits, estimate=estimate)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, tokenizer=None, seed=None, **kwargs) -> dict:  # it looks for `kwargs`
-        """As transformers has it, without the tokenizer that `generate` is given to end texts at strings, and but at the first step without
-        a seed, which the cache has by then. ValueError for a text that does not go beyond the cache: transformers would go on all the same.
+        """As transformers has it, without the tokenizer that `generate` is given to end texts at strings, and without a seed after the
+        first step, when the cache has it. ValueError for a text that does not go beyond the cache: transformers would go on all the same.
         """
         new, given = kwargs.get("next_sequence_length"), input_ids.shape[1]
         if new is not None and new < 1:
             raise ValueError(f"the cache holds {given - new} positions, and a text of {given} tokens is to go on: give those that it holds "
                              "and at least one more, or crop it")
-        first = kwargs.get("is_first_iteration")
+        first = kwargs.get("is_first_iteration", True)
         return super().prepare_inputs_for_generation(input_ids, **kwargs) | ({"seed": seed} if first else {})
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int,
@@ -381,9 +355,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """
         refuse_what_does_not_go(generation_config, model_kwargs)
         fill_in(model_kwargs, generation_config, self.generation_config)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None:
-            cache = model_kwargs["past_key_values"] = RecurrentDepthCache(capacity=max_cache_length)
+            cache = model_kwargs[CACHE] = RecurrentDepthCache(capacity=max_cache_length)
         else:
             check_kind(cache)
             cache._is_user_defined = True  # as transformers marks it

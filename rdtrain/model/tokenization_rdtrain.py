@@ -12,12 +12,20 @@ from pathlib import Path
 
 import transformers
 
-if transformers.__version__.split(".")[0] != "5":
-    raise ImportError(f"this tokenizer needs transformers 5, and {transformers.__version__} is installed: pip install 'transformers>=5,<6'")
+from .exceptions import refusal_of_transformers
+
+if refused := refusal_of_transformers(transformers.__version__, "tokenizer"):
+    raise ImportError(refused)
 
 from transformers import PreTrainedTokenizer
 
 from .tokenizer import Tokenizer
+
+# As in configuration_rdtrain.py.
+_FILES = """
+from .byte_level_tokenizer import
+from .sentencepiece_tokenizer import
+"""
 
 
 class RecurrentDepthTokenizer(PreTrainedTokenizer):

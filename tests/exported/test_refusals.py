@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -131,8 +132,22 @@ def test_what_cannot_be_is_refused_in_one_sentence(denoiser, unrolled, load, tmp
 
 
 @pytest.mark.parametrize("file", ["configuration_rdtrain", "tokenization_rdtrain"])
-def test_another_version_of_transformers_is_refused_in_one_sentence(monkeypatch, file):
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.57.1"))
+@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "6.0.0"])
+def test_another_version_of_transformers_is_refused_in_one_sentence(monkeypatch, file, version):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__=version))
     spec = importlib.util.spec_from_file_location(f"rdtrain.model.{file}_again", PROJECT / "rdtrain/model" / f"{file}.py")
-    with pytest.raises(ImportError, match="needs transformers 5, and 4.57.1 is installed: pip install"):
+    with pytest.raises(ImportError, match=f"needs transformers 5, from 5.10 on, and {version} is installed: pip install"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize("file", ["configuration_rdtrain", "tokenization_rdtrain"])
+def test_files_that_are_loaded_first_name_all_that_they_need(file):
+    """Or transformers 4, and 5 before 5.10, would miss one of them before they refuse to be loaded by it."""
+    def named(file: str) -> set[str]:  # as transformers finds them
+        return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", (PROJECT / "rdtrain/model" / f"{file}.py").read_text(), re.MULTILINE))
+
+    needed, new = set(), named(file)
+    while new:
+        needed |= new
+        new = set.union(*map(named, new)) - needed
+    assert needed == named(file)

@@ -112,7 +112,7 @@ def test_the_cache_grows_goes_back_takes_other_rows_and_serves_several_turns(bot
     torch.testing.assert_close(model(ids[[1, 0], :1], past_key_values=cache).logits, following.flip(0), rtol=1e-4, atol=1e-4)
     cache.batch_repeat_interleave(2)
     cache.crop(-1)
-    torch.testing.assert_close(model(ids[[1, 1, 0, 0], :1], past_key_values=cache).logits[1::2], following.flip(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids[[1, 1, 0, 0], :1], cache=cache).logits[1::2], following.flip(0), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="^the cache was started with 2 iterations"):
         model(ids[[1, 1, 0, 0], :1], past_key_values=cache, num_iterations=3)
     settings = GREEDY | {"return_dict_in_generate": True, "output_hidden_states": True, "seed": 0}
@@ -175,7 +175,6 @@ def test_a_text_is_scored_by_its_honest_likelihood_whatever_its_padding(both):
     assert scored.loss.item() == pytest.approx(total / count, rel=1e-4)
     halved = model(**batch, labels=labels, seed=[5, 6, 7], num_items_in_batch=2 * count).loss
     assert halved.item() == pytest.approx(total / count / 2, rel=1e-4)
-    assert model.accepts_loss_kwargs, "transformers' Trainer gives num_items_in_batch only where it finds this"
     assert torch.equal(model(**batch, labels=labels.int(), seed=[5, 6, 7]).loss, scored.loss)
     last = model(**batch, seed=[5, 6, 7], logits_to_keep=1).logits
     torch.testing.assert_close(last, scored.logits[:, -1:])
