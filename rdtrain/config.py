@@ -152,7 +152,9 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
     tree = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
-    places = [str(path)] * (path is not None) + ["the command line"] * (path is None or len(overrides) > 0)
+    places = [] if path is None else [str(path)]
+    if overrides or not places:
+        places.append("the command line")
     return build(Config, tree, "", " and ".join(places))
 
 

@@ -15,11 +15,11 @@ CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values
 class RecurrentDepthOutput(ModelOutput):
     """What `forward` returns.
 
-    loss: mean cross-entropy in nats, where labels were given. logits: [B, T, V] without a cache, [B, 1, V] with one. cache, which is
-    past_key_values too: it. hidden_states: K + 1 latents, the state before the first iteration and after each, [B, T, d] without a cache
-    and for an unrolled model, [B, 1, d] of the last position in a denoiser's chain (whose last one is the expected embedding).
-    iteration_logits: K tensors, as logits, the last being those. iterations_used: int64 [B], where `exit` is set, of one token; None over a
-    prompt, which has no exit.
+    loss: mean cross-entropy in nats, where labels were given. logits: [B, T, V] without a cache, [B, 1, V] with one. past_key_values: the
+    cache, which is `cache` as well from transformers 5.24 on. hidden_states: K + 1 latents, the state before the first iteration and after
+    each, [B, T, d] without a cache and for an unrolled model, [B, 1, d] of the last position in a denoiser's chain (whose last one is the
+    expected embedding). iteration_logits: K tensors, as logits, the last being those. iterations_used: int64 [B], where `exit` is set, of
+    one token; None over a prompt, which has no exit.
     """
 
     loss: Tensor | None = None
